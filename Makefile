@@ -1,0 +1,44 @@
+# The names that people and CI call. Everything runs in .venv, which is made on first use.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || true
+
+install: $(STAMP) ## make .venv with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make: Python 3.10 or newer is needed, got " + sys.version.split()[0] + "; call make PYTHON=python3.x")'
+	@echo "make: installing into .venv (once)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## sharpen a thick-slice brain MRI, from file to figure
+	@$(PY) docs/demo/mni152.py
+
+test: $(STAMP) ## all tests and all docstring examples
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile --doctest-modules tests common/medsr
+
+lint: $(STAMP) ## style, formatting, bundle JSON, types
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check .
+	@$(PY) tools/format_json.py --check bundles
+	@$(PY) -m mypy --no-error-summary
+
+format: $(STAMP) ## rewrite Python and bundle JSON in the house style
+	@$(PY) -m ruff check --quiet --fix .
+	@$(PY) -m ruff format --quiet .
+	@$(PY) tools/format_json.py bundles
+
+bench: $(STAMP) ## quality and speed, baselines beside them in the same run
+	@$(PY) -m benchmarks.quality.superres
+	@$(PY) -m benchmarks.speed.slice_sr
+
+clean: ## remove .venv, caches and outputs
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo runs common/*.egg-info bundles/*/eval bundles/*/runs
+	@find common tests tools docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,57 @@
+"""Errors that a user can act on: what was wrong, which file, what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "DataError",
+    "GeometryError",
+    "MedsrError",
+    "MissingExtraError",
+    "OutputError",
+    "SettingError",
+    "WeightsError",
+]
+
+
+class MedsrError(Exception):
+    """A fault that is reported in one line.
+
+    Every message of this family states the rule, the value that broke it and the next step, and never
+    needs a traceback. Command-line front doors print it and leave with :attr:`exit_code`.
+    """
+
+    exit_code = 1
+
+
+class DataError(MedsrError):
+    """An input that cannot be read, or holds nothing that could be processed."""
+
+    exit_code = 2
+
+
+class GeometryError(DataError):
+    """An input whose position, spacing or orientation is missing, contradictory or not supported."""
+
+
+class WeightsError(MedsrError):
+    """A weight file that is missing, damaged or made for another network."""
+
+    exit_code = 3
+
+
+class SettingError(MedsrError):
+    """A setting that does not exist or has a value outside its range."""
+
+    exit_code = 4
+
+
+class OutputError(MedsrError):
+    """An output that cannot be written whole."""
+
+    exit_code = 5
+
+
+class MissingExtraError(MedsrError):
+    """An optional package that a feature needs and that is not installed."""
+
+    exit_code = 6
