@@ -1,0 +1,135 @@
+"""Interpolation along one axis as one matrix: the through-plane baselines and the skip of the networks.
+
+Resampling the slice axis is linear in the voxels, so a whole volume is one matrix product with a small matrix of
+shape ``(new slices, old slices)``. For 40 -> 200 slices that is about a hundred times faster than
+``scipy.ndimage.map_coordinates`` and equal to it within rounding.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from medsr.errors import SettingError
+
+__all__ = ["INTERPOLATORS", "interpolation_matrix", "keys_matrix", "resample_last_axis"]
+
+FloatArray = npt.NDArray[np.float64]
+
+INTERPOLATORS = ("nearest", "linear", "cubic")
+
+_PAD = 12
+"""Replicated slices beyond either end: the spline's memory, sqrt(3) - 2 per slice, is 1e-7 after twelve."""
+
+
+def interpolation_matrix(size: int, positions: npt.ArrayLike, *, kind: str = "cubic") -> FloatArray:
+    """Matrix that evaluates an interpolant of ``size`` slices at fractional slice ``positions``.
+
+    ``cubic`` is the interpolating cubic B-spline with replicated ends, the same as
+    ``scipy.ndimage.map_coordinates(order=3, mode="nearest")``.
+
+    Args:
+        size: number of slices.
+        positions: where to evaluate, in slices; values outside ``[0, size - 1]`` extrapolate from replicas.
+        kind: ``nearest``, ``linear`` or ``cubic``.
+
+    Shape:
+        ``(len(positions), size)``; every row sums to 1.
+
+    Raises:
+        SettingError: if ``kind`` is unknown.
+
+    Example:
+        >>> interpolation_matrix(3, [0.5], kind="linear").tolist()
+        [[0.5, 0.5, 0.0]]
+    """
+    if kind not in INTERPOLATORS:
+        raise SettingError(f"interpolation must be one of {', '.join(INTERPOLATORS)}, got '{kind}'")
+    places = tuple(float(p) for p in np.asarray(positions, dtype=np.float64).ravel())
+    return _interpolation_matrix(int(size), places, kind).copy()
+
+
+@lru_cache(maxsize=256)
+def _interpolation_matrix(size: int, positions: tuple[float, ...], kind: str) -> FloatArray:
+    places = np.asarray(positions)
+    if kind == "nearest":
+        # A position half-way between two slices belongs to the slab that it opens.
+        index = np.clip(np.floor(places + 0.5).astype(int), 0, size - 1)
+        return np.eye(size)[index]
+    if kind == "linear":
+        return _kernel_matrix(size, places, lambda t: np.clip(1 - np.abs(t), 0, None), reach=1)
+    padded = size + 2 * _PAD
+    spline = _bspline_values(places + _PAD, padded) @ np.linalg.inv(_bspline_collocation(padded))
+    return _fold(spline, size)
+
+
+def keys_matrix(size: int, positions: npt.ArrayLike, *, a: float = -0.5) -> FloatArray:
+    """Matrix of Keys' local cubic convolution, ends replicated; ``a = -0.75`` is what PyTorch's bicubic uses.
+
+    Example:
+        >>> keys_matrix(4, [1.5]).round(4).tolist()
+        [[-0.0625, 0.5625, 0.5625, -0.0625]]
+
+    Reference:
+        R. Keys, IEEE Trans. ASSP 29 (1981) 1153-1160, doi:10.1109/TASSP.1981.1163711
+    """
+
+    def kernel(t: FloatArray) -> FloatArray:
+        t = np.abs(t)
+        near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+        far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+        return np.asarray(np.where(t < 1, near, np.where(t < 2, far, 0.0)))
+
+    return _kernel_matrix(int(size), np.asarray(positions, dtype=np.float64).ravel(), kernel, reach=2)
+
+
+def resample_last_axis(volume: npt.ArrayLike, matrix: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """Apply a ``(new, old)`` matrix to the last axis of a volume, in float32.
+
+    Example:
+        >>> resample_last_axis(np.ones((2, 2, 3)), interpolation_matrix(3, [0.5])).shape
+        (2, 2, 1)
+    """
+    values = np.asarray(volume, dtype=np.float32)
+    return np.asarray(values @ np.asarray(matrix, dtype=np.float32).T, dtype=np.float32)
+
+
+def _kernel_matrix(size: int, places: FloatArray, kernel, reach: int) -> FloatArray:  # type: ignore[no-untyped-def]
+    rows = np.zeros((len(places), size))
+    first = np.floor(places).astype(int)
+    for tap in range(-reach + 1, reach + 1):
+        weight = kernel(places - (first + tap))
+        np.add.at(rows, (np.arange(len(places)), np.clip(first + tap, 0, size - 1)), weight)
+    return rows
+
+
+def _bspline_values(places: FloatArray, size: int) -> FloatArray:
+    """Cubic B-spline basis at ``places`` with whole-sample mirrored coefficients."""
+    rows = np.zeros((len(places), size))
+    first = np.floor(places).astype(int)
+    t = places - first
+    weights = (
+        (1 - t) ** 3 / 6,
+        (3 * t**3 - 6 * t**2 + 4) / 6,
+        (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6,
+        t**3 / 6,
+    )
+    for tap, weight in zip(range(-1, 3), weights, strict=True):
+        index = np.abs(first + tap)
+        index = np.where(index > size - 1, 2 * (size - 1) - index, index)
+        np.add.at(rows, (np.arange(len(places)), index), weight)
+    return rows
+
+
+def _bspline_collocation(size: int) -> FloatArray:
+    return _bspline_values(np.arange(size, dtype=np.float64), size)
+
+
+def _fold(padded: FloatArray, size: int) -> FloatArray:
+    """Give the weight of the replicated slices to the end slices that they replicate."""
+    rows = padded[:, _PAD : _PAD + size].copy()
+    rows[:, 0] += padded[:, :_PAD].sum(axis=1)
+    rows[:, -1] += padded[:, _PAD + size :].sum(axis=1)
+    return rows
