@@ -1,0 +1,1 @@
+"""Strict readers that name the fault, and writers that leave a whole file or none."""

@@ -1,0 +1,155 @@
+"""From what a user names to a list of cases, and the choice between the NIfTI and the DICOM reader."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from medsr.errors import DataError
+from medsr.io.dicom import is_dicom_series, read_series, read_series_header
+from medsr.io.nifti import VolumeHeader, read_nifti, read_nifti_header
+
+__all__ = ["case_name", "find_cases", "inspect_case", "read_case"]
+
+_SUFFIXES = (".nii.gz", ".nii")
+_NAME_LIMIT = 100
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(1, 10))}
+
+PathLike = str | os.PathLike[str]
+
+
+def find_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
+    """List the images behind a path as data items ``{"image": absolute path, "case": name}``.
+
+    Outputs are named after the case, so two inputs of one name would overwrite each other: they are refused.
+    Sub-folders are searched one level deep; hidden files are ignored.
+
+    Args:
+        source: a NIfTI file, a folder of them, a DICOM series folder, a folder of such folders, or a list of
+            these.
+
+    Raises:
+        DataError: if there is no image, a link leaves its folder, or two images have one case name.
+
+    Example:
+        >>> find_cases("no-such-folder")
+        Traceback (most recent call last):
+        medsr.errors.DataError: no-such-folder: no such file or folder
+    """
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    if not sources:
+        raise DataError("the list of inputs is empty; give a NIfTI file or a folder")
+    paths = [found for item in sources for found in _expand(Path(item).expanduser())]
+    seen: dict[str, Path] = {}
+    items = []
+    for path in paths:
+        name = case_name(path)
+        # Case-insensitive file systems would let a.nii and A.nii share one output.
+        other = seen.setdefault(name.casefold(), path)
+        if other is not path:
+            raise DataError(
+                f"{other.name} and {path.name} have the same case name {name}; rename one of them"
+            )
+        items.append({"image": str(path.absolute()), "case": name})
+    return items
+
+
+def case_name(path: PathLike) -> str:
+    """Name of a case, safe as a file name everywhere: ``[A-Za-z0-9._-]``, no leading dot, at most 100.
+
+    Example:
+        >>> case_name("/data/T1 weighted.nii.gz")
+        'T1_weighted'
+    """
+    path = Path(path)
+    name = path.name or path.resolve().name
+    suffix = _suffix(path)
+    if suffix:
+        name = name[: -len(suffix)]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", unicodedata.normalize("NFC", name))
+    name = name.lstrip(".")[:_NAME_LIMIT].rstrip(".") or "case"
+    return f"_{name}"[:_NAME_LIMIT] if name.split(".")[0].casefold() in _DEVICES else name
+
+
+def inspect_case(path: PathLike) -> VolumeHeader:
+    """Read and judge the header of a case: a NIfTI file or a DICOM series folder.
+
+    Raises:
+        DataError: as :func:`~medsr.io.nifti.read_nifti_header` and
+            :func:`~medsr.io.dicom.read_series_header`.
+
+    Example:
+        >>> inspect_case("none.nii").shape
+        Traceback (most recent call last):
+        medsr.errors.DataError: none.nii: no such file
+    """
+    path = Path(path)
+    return read_series_header(path) if path.is_dir() else read_nifti_header(path)
+
+
+def read_case(
+    path: PathLike, *, allow_constant: bool = False
+) -> tuple[npt.NDArray[np.float32], VolumeHeader]:
+    """Read a case whole: a NIfTI file or a DICOM series folder.
+
+    Args:
+        path: the file or folder.
+        allow_constant: accept an image whose voxels are all equal, for example an empty label map.
+
+    Shape:
+        - Output: ``(X, Y, Z)`` or ``(X, Y, Z, T)``.
+
+    Raises:
+        DataError: as :func:`~medsr.io.nifti.read_nifti` and :func:`~medsr.io.dicom.read_series`.
+
+    Example:
+        >>> read_case("none.nii")
+        Traceback (most recent call last):
+        medsr.errors.DataError: none.nii: no such file
+    """
+    path = Path(path)
+    reader = read_series if path.is_dir() else read_nifti
+    return reader(path, allow_constant=allow_constant)
+
+
+def _suffix(path: Path) -> str:
+    return next((s for s in _SUFFIXES if path.name.lower().endswith(s)), "")
+
+
+def _expand(path: Path) -> list[Path]:
+    """The images that one path names."""
+    name = path.name or path.resolve().name
+    if not path.exists():
+        raise DataError(f"{name}: no such file or folder")
+    if not path.is_dir():
+        if not _suffix(path):
+            raise DataError(f"{name}: not a NIfTI file; a DICOM series is given by its folder")
+        return [path]
+    try:
+        children = sorted(child for child in path.iterdir() if not child.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror})") from None
+    root = path.resolve()
+    found = []
+    for child in children:
+        if (child.is_file() and _suffix(child)) or (child.is_dir() and is_dicom_series(child)):
+            if child.is_symlink() and root not in child.resolve().parents:
+                raise DataError(
+                    f"{child.name}: a link that leaves the folder {name}; name the file itself instead"
+                )
+            found.append(child)
+    if is_dicom_series(path):
+        if found:
+            raise DataError(
+                f"{name}: holds DICOM images beside other cases ({found[0].name}); give one of them"
+            )
+        return [path]
+    if not found:
+        raise DataError(f"{name}: no .nii or .nii.gz file and no DICOM series in this folder")
+    return found

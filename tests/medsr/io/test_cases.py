@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from medsr.errors import DataError
+from medsr.io.cases import case_name, find_cases, inspect_case, read_case
+
+
+def refused(source, fragment):
+    with pytest.raises(DataError, match=fragment) as caught:
+        find_cases(source)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def names(source):
+    return [item["case"] for item in find_cases(source)]
+
+
+def test_one_file(nifti, monkeypatch, tmp_path):
+    path = nifti(name="T1 weighted.nii.gz")
+    assert find_cases(path) == [{"image": str(path), "case": "T1_weighted"}]
+    monkeypatch.chdir(tmp_path)
+    assert find_cases("T1 weighted.nii.gz")[0]["image"] == str(path)
+
+
+def test_folder_of_files_and_series(nifti, series, tmp_path):
+    nifti(name="b.nii")
+    nifti(name="a.nii.gz")
+    nifti(name=".hidden.nii")
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    folder = series(name="c")
+    assert names(tmp_path) == ["a", "b", "c"]
+    assert names(str(folder)) == ["c"]
+    assert names([folder, tmp_path / "a.nii.gz"]) == ["c", "a"]
+
+
+def test_nothing_to_process(tmp_path):
+    refused(tmp_path / "none", "no such file or folder")
+    refused([], "list of inputs is empty")
+    refused(tmp_path, "no .nii or .nii.gz file and no DICOM series")
+    (tmp_path / "a.txt").write_text("x")
+    refused(tmp_path, "no .nii or .nii.gz file")
+    refused(tmp_path / "a.txt", "not a NIfTI file")
+
+
+def test_one_name_for_two_inputs(nifti, tmp_path):
+    nifti(name="a.nii")
+    nifti(name="a.nii.gz")
+    refused(tmp_path, r"a.nii and a.nii.gz have the same case name a")
+    refused([tmp_path / "a.nii", tmp_path / "a.nii"], "same case name")
+    nifti(name="B c.nii")
+    nifti(name="b_c.nii")
+    refused([tmp_path / "B c.nii", tmp_path / "b_c.nii"], "same case name")
+
+
+def test_series_beside_other_cases_is_ambiguous(series, nifti):
+    folder = series()
+    nifti(name="a.nii").rename(folder / "a.nii")
+    refused(folder, "DICOM images beside other cases")
+
+
+def test_links_that_leave_the_folder(nifti, series, tmp_path):
+    path = nifti(name="a.nii")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "b.nii").symlink_to(path)
+    refused(inner, "leaves the folder")
+    assert names(inner / "b.nii") == ["b"]
+    (inner / "b.nii").unlink()
+    (inner / "s").symlink_to(series(), target_is_directory=True)
+    refused(inner, "leaves the folder")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        ".hidden",
+        "a/../..",
+        "x" * 300 + ".nii.gz",
+        "CON.nii",
+        "nul",
+        "Müller, $(rm)",
+        "..nii",
+        "日本.nii.gz",
+    ],
+)
+def test_case_names_are_safe(name):
+    safe = case_name(Path(name))
+    assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", safe)
+    assert safe.casefold() not in ("con", "nul")
+
+
+def test_dispatch(nifti, series, expected_law):
+    path, folder = nifti(), series()
+    assert inspect_case(path).shape == (8, 9, 10)
+    assert inspect_case(folder).shape == (40, 32, 12)
+    np.testing.assert_array_equal(read_case(path)[0], expected_law(8, 9, 10))
+    np.testing.assert_array_equal(read_case(folder)[0], expected_law(40, 32, 12))
+    constant = nifti(array=np.zeros((3, 3, 3), np.uint8), name="mask.nii")
+    with pytest.raises(DataError, match="constant"):
+        read_case(constant)
+    assert read_case(constant, allow_constant=True)[0].max() == 0

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from medsr.errors import DataError
+from medsr.io.loading import LoadVolumed
+from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
+from monai.transforms import Compose, Orientationd
+
+
+def test_image_and_metadata(nifti, expected_law):
+    path = nifti(sform_code=2, qform_code=3)
+    path.with_name("vol.json").write_text(json.dumps({"SliceThickness": 2.5}))
+    item = LoadVolumed(keys="image")({"image": str(path), "case": "vol"})
+    image = item["image"]
+    assert item["case"] == "vol"
+    assert isinstance(image, MetaTensor)
+    assert (image.dtype, image.shape) == (torch.float32, (1, 8, 9, 10))
+    assert image.is_contiguous()
+    np.testing.assert_array_equal(image[0].numpy(), expected_law(8, 9, 10))
+    assert image.affine.dtype == torch.float64
+    np.testing.assert_allclose(image.affine, np.diag([1, 2, 3, 1]))
+    np.testing.assert_array_equal(image.meta["original_affine"], image.affine)
+    assert image.meta["spatial_shape"].tolist() == [8, 9, 10]
+    assert image.meta["filename_or_obj"] == str(path)
+    assert image.meta["slice_thickness_mm"] == 2.5
+    assert (image.meta["sform_code"], image.meta["qform_code"]) == (2, 3)
+    assert image.meta["notes"] == ""
+
+
+def test_fourth_axis_becomes_channels(nifti):
+    array = np.arange(120, dtype=np.int16).reshape(2, 3, 4, 5)
+    image = LoadVolumed(keys="image")({"image": nifti(array=array)})["image"]
+    np.testing.assert_array_equal(image.numpy(), np.moveaxis(array, -1, 0))
+    assert image.meta["spatial_shape"].tolist() == [2, 3, 4]
+
+
+def test_series_without_patient_data(series, marker, expected_affine):
+    def edit(index, ds):
+        ds.SliceThickness = 3
+
+    image = LoadVolumed(keys="image")({"image": series(edit)})["image"]
+    np.testing.assert_allclose(image.affine, expected_affine(), atol=1e-6)
+    assert image.meta["notes"].splitlines() == ["slices are 3 mm thick every 5 mm: gap of 2 mm"]
+    assert marker not in repr(image.meta)
+
+
+def test_several_keys(nifti):
+    mask = nifti(array=np.zeros((8, 9, 10), np.uint8), name="mask.nii")
+    load = LoadVolumed(keys=["image", "label"], allow_constant=True, allow_missing_keys=True)
+    item = load({"image": nifti(), "label": mask})
+    assert item["label"].max() == 0
+    assert set(load({"image": nifti()})) == {"image"}
+    with pytest.raises(KeyError):
+        LoadVolumed(keys=["image", "label"])({"image": nifti()})
+    with pytest.raises(DataError, match="constant"):
+        LoadVolumed(keys="label")({"label": mask})
+
+
+def test_faults_pass_through_a_pipeline_by_name(nifti):
+    path = nifti()
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match="truncated gzip"):
+        LoadVolumed(keys="image")({"image": path})
+    # Compose wraps what it did not expect; the reason must survive.
+    with pytest.raises(RuntimeError) as caught:
+        Compose([LoadVolumed(keys="image")])({"image": path})
+    assert isinstance(caught.value.__cause__, DataError)
+
+
+def test_batches_of_unequal_metadata(nifti, series):
+    """Default collation must survive a missing thickness and a different number of notes."""
+    plain = nifti(name="a.nii")
+    noted = nifti(name="b.nii", sform_code=0, qform_code=0)
+    plain.with_name("a.json").write_text(json.dumps({"SliceThickness": 2.5}))
+    data = Dataset([{"image": str(plain)}, {"image": str(noted)}], LoadVolumed(keys="image"))
+    batch = next(iter(DataLoader(data, batch_size=2)))["image"]
+    assert batch.shape == (2, 1, 8, 9, 10)
+    first, second = decollate_batch(batch)
+    assert first.meta["notes"] == ""
+    assert "both 0" in second.meta["notes"]
+    assert first.meta.get("slice_thickness_mm") is None
+    single = decollate_batch(next(iter(DataLoader(data, batch_size=1)))["image"])[0]
+    assert float(single.meta["slice_thickness_mm"]) == 2.5
+
+
+def test_orientation_can_be_inverted(nifti, expected_law):
+    affine = np.diag([-1.0, 2.0, 3.0, 1.0])
+    orient = Orientationd(keys="image", axcodes="RAS", labels=None)
+    item = orient(LoadVolumed(keys="image")({"image": nifti(affine=affine)}))
+    np.testing.assert_array_equal(item["image"][0].numpy(), expected_law(8, 9, 10)[::-1])
+    back = orient.inverse(item)["image"]
+    np.testing.assert_array_equal(back[0].numpy(), expected_law(8, 9, 10))
+    np.testing.assert_allclose(back.affine, affine)
