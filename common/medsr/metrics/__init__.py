@@ -1,0 +1,32 @@
+"""Numbers that judge a volume: how close it is, and whether its uncertainty may be believed.
+
+Plain functions on whole volumes, because a reported number needs a mask, an explicit data range and float64
+sums; MONAI's metric classes (batched, float32, no mask) stay the choice for curves during training.
+"""
+
+from __future__ import annotations
+
+from medsr.metrics.calibration import ause, coverage, reliability, spearman
+from medsr.metrics.volume import (
+    data_consistency,
+    edge_band,
+    edge_psnr,
+    head_mask,
+    percentile_range,
+    psnr,
+    ssim_3d,
+)
+
+__all__ = [
+    "ause",
+    "coverage",
+    "data_consistency",
+    "edge_band",
+    "edge_psnr",
+    "head_mask",
+    "percentile_range",
+    "psnr",
+    "reliability",
+    "spearman",
+    "ssim_3d",
+]
