@@ -1,0 +1,454 @@
+"""Finds and describes bundles, and refuses what MONAI would let pass: misspelt overrides, unknown weights.
+
+Only the standard library is used, so that ``medsr list``, the documentation and the tests can read the
+catalogue without waiting for torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medsr.errors import SettingError, WeightsError
+
+__all__ = [
+    "BundleInfo",
+    "bundle_root",
+    "bundles_folder",
+    "check_overrides",
+    "list_bundles",
+    "overrides_in",
+    "read_settings",
+    "refuse_unknown",
+    "unknown_settings",
+    "verify_weights",
+    "weights_digest",
+]
+
+FOLDER_VARIABLE = "MEDSR_BUNDLES"
+
+# In the order of monai.bundle.run's own parameters: it takes them by position as well.
+_RUNNER_POSITIONS = ("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking")
+_RUNNER_OPTIONS = frozenset({*_RUNNER_POSITIONS, "args_file", "workflow_name", "workflow_type"})
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """What the catalogue knows of one bundle without loading its network.
+
+    Args:
+        name: folder name, which is also the name on the command line.
+        root: the bundle's folder.
+        title: display name.
+        version: version of the bundle, from its metadata.
+        task: what it does, in one line.
+        description: what it does, in some sentences.
+        scale: how many times finer the output grid is, per axis or for all; None if it keeps the grid or the
+            input decides.
+        metadata: everything in ``configs/metadata.json``.
+    """
+
+    name: str
+    root: Path
+    title: str
+    version: str
+    task: str
+    description: str
+    scale: float | tuple[float, ...] | None
+    metadata: Mapping[str, Any]
+
+
+def bundles_folder() -> Path:
+    """Folder of the bundles: ``$MEDSR_BUNDLES``, else the one beside the source tree, else ``./bundles``.
+
+    Raises:
+        SettingError: if none of them exists.
+
+    Example:
+        >>> bundles_folder().name
+        'bundles'
+    """
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    if chosen:
+        folder = Path(chosen).expanduser()
+        if not folder.is_dir():
+            raise SettingError(f"{FOLDER_VARIABLE} names no folder: {chosen}; correct it or unset it")
+        return folder.resolve()
+    for folder in (Path(__file__).resolve().parents[2] / "bundles", Path("bundles").resolve()):
+        if folder.is_dir():
+            return folder
+    raise SettingError(f"no bundles folder found; set {FOLDER_VARIABLE} to the folder that holds the bundles")
+
+
+def bundle_root(name: str) -> Path:
+    """Folder of the bundle called ``name``.
+
+    A config asks this for its own root. If the process was started with a config file of a copy of that
+    bundle, the copy wins: it must use the weights that lie beside it and not those of the original.
+
+    Args:
+        name: folder name of the bundle, for example ``mri_rehrseg_superres``.
+
+    Raises:
+        SettingError: if there is no such bundle; the message names the nearest one.
+    """
+    for file in overrides_in(sys.argv)[0]:
+        configs = file.absolute().parent
+        if configs.name == "configs" and configs.parent.name == name:
+            return configs.parent.resolve()
+    folder = bundles_folder()
+    root = folder / name
+    # A path such as "../x" must not leave the folder, whoever wrote it.
+    if name in _names_in(folder):
+        return root
+    raise SettingError(f"no bundle called {name!r} in {folder}{_hint(name, _names_in(folder))}")
+
+
+def list_bundles() -> list[BundleInfo]:
+    """All bundles of :func:`bundles_folder`, by name.
+
+    Raises:
+        SettingError: if a bundle's metadata cannot be read.
+    """
+    folder = bundles_folder()
+    return [_describe(folder / name) for name in _names_in(folder)]
+
+
+def read_settings(root: str | Path, config: str = "inference.json") -> dict[str, Any]:
+    """Content of one of a bundle's config files, not resolved: what a user can override.
+
+    Args:
+        root: the bundle's folder.
+        config: file name inside ``configs/``.
+
+    Raises:
+        SettingError: if the file is missing, is not JSON or names a key twice.
+    """
+    return _read_json(Path(root) / "configs" / config)
+
+
+def unknown_settings(given: Iterable[str], config_files: Sequence[str | Path]) -> list[tuple[str, str]]:
+    """Override ids that the merged config does not know, each with the nearest one that it does, or ''.
+
+    MONAI takes a misspelt override for a new item and runs with the default. A *new argument* of an existing
+    component passes, because the component itself refuses what it does not know, unless it looks like a
+    misspelling of an argument that stands in the config.
+
+    Args:
+        given: ids as typed: ``output_dir``, ``train::trainer::max_epochs`` or ``train#trainer#max_epochs``,
+            with or without a leading ``+``.
+        config_files: JSON config files in the order in which MONAI merges them.
+
+    Raises:
+        SettingError: if a config file cannot be read.
+    """
+    merged = _merged(config_files)
+    return [(name, nearest) for name in given if (nearest := _nearest_to(name, merged)) is not None]
+
+
+def refuse_unknown(given: Iterable[str], config_files: Sequence[str | Path]) -> None:
+    """Raise if an override names no setting of the merged config, as :func:`unknown_settings` sees it.
+
+    Args:
+        given: ids as typed.
+        config_files: JSON config files in the order in which MONAI merges them.
+
+    Raises:
+        SettingError: in one line, with the nearest setting for each misspelt one.
+    """
+    unknown = unknown_settings(given, config_files)
+    if unknown:
+        names = " + ".join(Path(file).name for file in config_files)
+        each = (f"{name} (did you mean {near}?)" if near else name for name, near in unknown)
+        raise SettingError(f"no such setting in {names}: {', '.join(each)}")
+
+
+def overrides_in(argv: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
+    """Config files and overrides of a ``python -m monai.bundle run`` command line.
+
+    Any other command line gives ``([], {})``. The runner's own options (``run_id`` ...) are left out.
+
+    Args:
+        argv: as in ``sys.argv``, or the whole command line as a list.
+
+    Example:
+        >>> overrides_in(["-m", "monai.bundle", "run", "--config_file", "a.json", "--output_dir=x"])[1]
+        {'output_dir': 'x'}
+    """
+    words = _runner_words(argv)
+    if words is None:
+        return [], {}
+    options = _options(words)
+    defaults = _arguments_file(options)
+    files = options.get("config_file", defaults.pop("config_file", None))
+    overrides = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in {**defaults, **options}.items()
+        if key not in _RUNNER_OPTIONS
+    }
+    return [Path(file) for file in _as_list(files)], overrides
+
+
+def check_overrides(argv: Sequence[str] | None = None) -> None:
+    """Refuse a misspelt override on the command line of a bundle run; do nothing for any other process.
+
+    Bundles call this as the first step of ``run``. YAML configs are not checked: the standard library cannot
+    read them.
+
+    Args:
+        argv: command line; default ``sys.argv``.
+
+    Raises:
+        SettingError: if an override names a setting that no config file has.
+
+    Example:
+        >>> check_overrides(["pytest", "--output_dri", "x"])
+    """
+    files, overrides = overrides_in(sys.argv if argv is None else argv)
+    if not files or any(file.suffix.lower() != ".json" for file in files):
+        return
+    refuse_unknown(overrides, files)
+
+
+def weights_digest(root: str | Path, file: str = "models/model.pt") -> str:
+    """SHA-256 of a bundle's weight file, in hexadecimal.
+
+    Args:
+        root: the bundle's folder.
+        file: weight file inside it.
+
+    Raises:
+        WeightsError: if the file is missing or cannot be read.
+    """
+    root = Path(root)
+    digest = hashlib.sha256()
+    try:
+        with (root / file).open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError:
+        raise WeightsError(
+            f"{root.name}: no weights at {file}; train the bundle or restore the file"
+        ) from None
+    except OSError as error:
+        raise WeightsError(f"{root.name}: cannot read {file} ({error.strerror}); repair it") from None
+    return digest.hexdigest()
+
+
+def verify_weights(root: str | Path, file: str = "models/model.pt") -> Path:
+    """Return the path of a bundle's weights if they are the ones listed in ``models/SHA256SUMS``.
+
+    A truncated download or a file of another training must not give a plausible image.
+
+    Args:
+        root: the bundle's folder.
+        file: weight file inside it, below ``models/``.
+
+    Raises:
+        WeightsError: if the file or its entry is missing, or if they differ.
+    """
+    root = Path(root)
+    found = weights_digest(root, file)
+    name = Path(file).relative_to("models").as_posix() if Path(file).parts[:1] == ("models",) else file
+    expected = _listed_digests(root).get(name)
+    if expected is None:
+        raise WeightsError(f"{root.name}: models/SHA256SUMS has no line for {name}; add it: {found}  {name}")
+    if expected != found:
+        raise WeightsError(
+            f"{root.name}: {file} is not the listed file (SHA-256 {found[:12]}, expected {expected[:12]}); "
+            "restore it, or update models/SHA256SUMS if you trained it"
+        )
+    return root / file
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(path.parents[1].name for path in folder.glob("*/configs/metadata.json"))
+
+
+def _describe(root: Path) -> BundleInfo:
+    metadata = read_settings(root, "metadata.json")
+    scale = metadata.get("scale")
+    if scale is None and (root / "configs" / "inference.json").is_file():
+        scale = read_settings(root).get("scale")
+    return BundleInfo(
+        name=root.name,
+        root=root,
+        title=str(metadata.get("name", root.name)),
+        version=str(metadata.get("version", "")),
+        task=str(metadata.get("task", "")),
+        description=str(metadata.get("description", "")),
+        scale=_as_scale(scale),
+        metadata=metadata,
+    )
+
+
+def _as_scale(value: object) -> float | tuple[float, ...] | None:
+    """A number or a list of numbers as written in JSON; an expression ('$...') is decided at run time."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, (int, float)) for item in value):
+        return tuple(value)
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except FileNotFoundError:
+        raise SettingError(f"{path.name}: there is no such file in {path.parent}") from None
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path.name} in {path.parent} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingError(f"{path.name} in {path.parent} must hold one JSON object")
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return content
+
+
+def _path_of(name: str) -> list[str]:
+    return name.removeprefix("+").replace("#", "::").split("::")
+
+
+def _merged(config_files: Sequence[str | Path]) -> dict[str, Any]:
+    """The config that MONAI would make of these files, with the metadata under ``_meta_``."""
+    merged: dict[str, Any] = {"_meta_": {}}
+    for number, file in enumerate(config_files):
+        path = Path(file)
+        if number == 0 and (path.parent / "metadata.json").is_file():
+            merged["_meta_"] = _read_json(path.parent / "metadata.json")
+        for key, value in _read_json(path).items():
+            *parents, last = _path_of(key)
+            holder = _item(merged, parents)
+            if isinstance(holder, list) and last.isdecimal() and int(last) < len(holder):
+                holder[int(last)] = value
+            elif isinstance(holder, dict):
+                old = holder.get(last)
+                if key.startswith("+") and isinstance(old, dict) and isinstance(value, dict):
+                    old.update(value)
+                elif key.startswith("+") and isinstance(old, list) and isinstance(value, list):
+                    old.extend(value)
+                else:
+                    holder[last] = value
+    return merged
+
+
+def _item(config: object, path: Sequence[str]) -> object:
+    """The item at the path, or None: the config may hold null, which for this purpose is the same."""
+    for key in path:
+        if isinstance(config, dict):
+            config = config.get(key)
+        elif isinstance(config, list) and key.isdecimal() and int(key) < len(config):
+            config = config[int(key)]
+        else:
+            return None
+    return config
+
+
+def _nearest_to(name: str, config: Mapping[str, Any]) -> str | None:
+    """None if the id is known, else the nearest known id, '' if there is none."""
+    here: object = config
+    path = _path_of(name)
+    for depth, key in enumerate(path):
+        if isinstance(here, dict) and key in here:
+            here = here[key]
+        elif isinstance(here, list) and key.isdecimal() and int(key) < len(here):
+            here = here[int(key)]
+        else:
+            known = list(here) if isinstance(here, dict) else []
+            last = depth == len(path) - 1
+            is_component = last and "_target_" in known
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.8 if is_component else 0.6)
+            if is_component and not near:
+                return None
+            return "::".join([*path[:depth], near[0]]) if near else ""
+    return None
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; there are {', '.join(known)}" if known else "; the folder holds no bundle"
+
+
+def _runner_words(argv: Sequence[str]) -> list[str] | None:
+    """What follows ``monai.bundle run``, or None if this is another program's command line."""
+    for program, command, position in zip(argv, argv[1:], range(2, len(argv) + 1), strict=False):
+        as_path = Path(program).parts[-3:] == ("monai", "bundle", "__main__.py")
+        if (program == "monai.bundle" or as_path) and command in ("run", "run_workflow"):
+            return list(argv[position:])
+    return None
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """Options by name, by the rules of python-fire, which reads MONAI's command line."""
+    options: dict[str, str] = {}
+    by_position = iter(_RUNNER_POSITIONS)
+    index = 0
+    while index < len(words):
+        word = words[index]
+        index += 1
+        if word in ("--", "-"):
+            break
+        if not _is_flag(word):
+            options[next(by_position, "run_id")] = word
+            continue
+        key, equals, value = word.lstrip("-").partition("=")
+        key = key.replace("-", "_")
+        if not equals and index < len(words) and not _is_flag(words[index]):
+            value = words[index]
+            index += 1
+        elif not equals:
+            value = "True"
+            if key not in _RUNNER_OPTIONS and key.startswith("no"):
+                key, value = key[2:], "False"
+        options[key] = value
+    return options
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") or re.match("-[a-zA-Z]", word) is not None
+
+
+def _arguments_file(options: Mapping[str, str]) -> dict[str, Any]:
+    path = Path(options.get("args_file", ""))
+    return _read_json(path) if path.suffix.lower() == ".json" else {}
+
+
+def _as_list(files: object) -> list[str]:
+    """Config files as MONAI takes them: one path, or a list written as ``"['a.json','b.json']"``."""
+    if isinstance(files, str) and files.lstrip().startswith(("[", "(")):
+        try:
+            files = ast.literal_eval(files)
+        except (ValueError, SyntaxError):
+            return [str(files)]
+    if isinstance(files, (list, tuple)):
+        return [str(file) for file in files]
+    return [] if files is None else [str(files)]
+
+
+def _listed_digests(root: Path) -> dict[str, str]:
+    path = root / "models" / "SHA256SUMS"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise WeightsError(
+            f"{root.name}: models/SHA256SUMS is missing; make it with: sha256sum model.pt > SHA256SUMS"
+        ) from None
+    pairs = (line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith("#"))
+    return {pair[1].strip().removeprefix("*"): pair[0].lower() for pair in pairs if len(pair) == 2}

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from medsr import catalog
+from medsr.errors import SettingError, WeightsError
+
+TRAIN = {
+    "bundle_root": "x",
+    "output_dir": "$@bundle_root + '/eval'",
+    "nothing": None,
+    "network_def": {"_target_": "UNet", "channels": [8, 16]},
+    "train": {"trainer": {"_target_": "Trainer", "max_epochs": 10}, "handlers": [{"_target_": "Stats"}]},
+}
+
+
+def make_bundle(folder: Path, name: str, **metadata: Any) -> Path:
+    root = folder / name
+    (root / "configs").mkdir(parents=True)
+    (root / "models").mkdir()
+    facts = {
+        "name": name.title(),
+        "version": "0.1.0",
+        "task": "sharpens",
+        "description": "It sharpens.",
+        **metadata,
+    }
+    (root / "configs" / "metadata.json").write_text(json.dumps(facts))
+    (root / "configs" / "train.json").write_text(json.dumps(TRAIN))
+    (root / "configs" / "inference.json").write_text(json.dumps({"scale": [1, 1, 4], "output_dir": "out"}))
+    return root
+
+
+@pytest.fixture
+def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "bundles"
+    make_bundle(folder, "mri_superres")
+    make_bundle(folder, "image_superres", scale=4)
+    (folder / "not_a_bundle").mkdir()
+    monkeypatch.setenv("MEDSR_BUNDLES", str(folder))
+    return folder
+
+
+def test_the_variable_decides_where_bundles_are(bundles: Path) -> None:
+    assert catalog.bundles_folder() == bundles.resolve()
+
+
+def test_without_the_variable_the_source_tree_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEDSR_BUNDLES", raising=False)
+    assert catalog.bundles_folder() == Path(catalog.__file__).resolve().parents[2] / "bundles"
+
+
+def test_an_installed_package_looks_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MEDSR_BUNDLES", raising=False)
+    monkeypatch.setattr(catalog, "__file__", str(tmp_path / "lib" / "site" / "medsr" / "catalog.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match="set MEDSR_BUNDLES"):
+        catalog.bundles_folder()
+    (tmp_path / "bundles").mkdir()
+    assert catalog.bundles_folder() == (tmp_path / "bundles").resolve()
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDSR_BUNDLES", "/nowhere/at/all")
+    with pytest.raises(SettingError, match="/nowhere/at/all"):
+        catalog.bundles_folder()
+
+
+def test_bundles_are_listed_by_name_with_their_facts(bundles: Path) -> None:
+    first, second = catalog.list_bundles()
+    assert (first.name, first.scale, first.title) == ("image_superres", 4, "Image_Superres")
+    assert (second.name, second.scale, second.version) == ("mri_superres", (1, 1, 4), "0.1.0")
+    assert second.root == bundles / "mri_superres"
+    assert second.metadata["task"] == second.task == "sharpens"
+
+
+def test_a_scale_that_is_an_expression_is_left_open(bundles: Path) -> None:
+    path = bundles / "mri_superres" / "configs" / "inference.json"
+    path.write_text(json.dumps({"scale": "$@spacing / 1.0"}))
+    assert catalog.list_bundles()[1].scale is None
+
+
+def test_a_misspelt_bundle_gets_a_suggestion(bundles: Path) -> None:
+    assert catalog.bundle_root("mri_superres") == bundles / "mri_superres"
+    with pytest.raises(SettingError, match="did you mean mri_superres"):
+        catalog.bundle_root("mri_superes")
+    with pytest.raises(SettingError, match="there are image_superres, mri_superres"):
+        catalog.bundle_root("zzz")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../bundles/mri_superres", "not_a_bundle"])
+def test_only_bundles_are_bundles(bundles: Path, name: str) -> None:
+    with pytest.raises(SettingError):
+        catalog.bundle_root(name)
+
+
+def test_a_copied_bundle_uses_its_own_weights(
+    bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = make_bundle(tmp_path / "elsewhere", "mri_superres")
+    config = str(copy / "configs" / "inference.json")
+    monkeypatch.setattr(sys, "argv", ["/x/monai/bundle/__main__.py", "run", "--config_file", config])
+    assert catalog.bundle_root("mri_superres") == copy.resolve()
+    assert catalog.bundle_root("image_superres") == bundles / "image_superres"
+
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(
+        sys, "argv", ["/x/monai/bundle/__main__.py", "run", "--config_file=configs/inference.json"]
+    )
+    assert catalog.bundle_root("mri_superres") == copy.resolve()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("{", "cannot be read as JSON"), ("[]", "one JSON object"), ('{"a": 1, "a": 2}', "'a' stands twice")],
+)
+def test_broken_configs_are_named(bundles: Path, content: str, reason: str) -> None:
+    root = bundles / "mri_superres"
+    (root / "configs" / "inference.json").write_text(content)
+    with pytest.raises(SettingError, match=reason) as caught:
+        catalog.read_settings(root)
+    assert "inference.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_config_is_named(bundles: Path) -> None:
+    with pytest.raises(SettingError, match=r"evaluate\.json: there is no such file"):
+        catalog.read_settings(bundles / "mri_superres", "evaluate.json")
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        "output_dir",
+        "nothing",
+        "+network_def",
+        "train::trainer::max_epochs",
+        "train#trainer#max_epochs",
+        "train::handlers::0",
+        "train::handlers::0::_disabled_",
+        "network_def::norm",
+        "_meta_::version",
+    ],
+)
+def test_settings_that_exist_pass(bundles: Path, known: str) -> None:
+    assert catalog.unknown_settings([known], [bundles / "mri_superres" / "configs" / "train.json"]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("output_dri", "output_dir"),
+        ("+output_dri", "output_dir"),
+        ("train::trainer::max_epoch", "train::trainer::max_epochs"),
+        ("train#trainr#max_epochs", "train::trainer"),
+        ("train::handlers::7", ""),
+        ("train::handlers::first", ""),
+        ("output_dir::deeper", ""),
+        ("zzz", ""),
+        ("", ""),
+    ],
+)
+def test_settings_that_do_not_exist_are_reported(bundles: Path, given: str, nearest: str) -> None:
+    config = bundles / "mri_superres" / "configs" / "train.json"
+    assert catalog.unknown_settings(["output_dir", given], [config]) == [(given, nearest)]
+
+
+def test_overlays_bring_settings_of_their_own(bundles: Path) -> None:
+    configs = bundles / "mri_superres" / "configs"
+    overlay = {"shards": 4, "train#trainer#amp": True, "+train": {"late": 1}, "train::handlers::0": {"a": 1}}
+    (configs / "overlay.json").write_text(json.dumps(overlay))
+    given = [
+        "shards",
+        "train::trainer::amp",
+        "train::trainer::max_epochs",
+        "train::late",
+        "train::handlers::0::a",
+    ]
+    assert catalog.unknown_settings(given, [configs / "train.json", configs / "overlay.json"]) == []
+    unknown = catalog.unknown_settings(given, [configs / "train.json"])
+    assert [name for name, _ in unknown] == ["shards", "train::late"]
+
+
+def test_the_merge_is_the_one_that_monai_makes(bundles: Path) -> None:
+    from monai.bundle import ConfigParser
+
+    configs = bundles / "mri_superres" / "configs"
+    overlay = {"+train": {"late": 1}, "train#trainer#amp": True, "network_def": {"_target_": "VNet"}}
+    (configs / "overlay.json").write_text(json.dumps(overlay))
+    files = [str(configs / "train.json"), str(configs / "overlay.json")]
+    ours = catalog._merged(files)
+    ours.pop("_meta_")
+    assert ours == ConfigParser.load_config_files(files)
+
+
+RUN = ["/usr/lib/python3/site-packages/monai/bundle/__main__.py", "run"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "files", "overrides"),
+    [
+        ([*RUN, "--config_file", "a.json", "--lr", "0.1"], ["a.json"], {"lr": "0.1"}),
+        ([*RUN, "--config_file=a.json", "--lr=0.1"], ["a.json"], {"lr": "0.1"}),
+        (["python", "-m", "monai.bundle", "run", "--config_file", "a.json"], ["a.json"], {}),
+        ([*RUN, "training", "--config_file", "a.json", "--x", "y"], ["a.json"], {"x": "y"}),
+        ([*RUN, "--config_file", "['a.json','b.json']"], ["a.json", "b.json"], {}),
+        ([*RUN, "--config_file", "[broken"], ["[broken"], {}),
+        ([*RUN, "--config_file", "a.json", "--a#b::c", "-1"], ["a.json"], {"a#b::c": "-1"}),
+        (
+            [*RUN, "--config_file", "a.json", "--amp", "--nocache"],
+            ["a.json"],
+            {"amp": "True", "cache": "False"},
+        ),
+        ([*RUN, "-config_file", "a.json", "--output-dir", "x"], ["a.json"], {"output_dir": "x"}),
+        ([*RUN, "--config_file", "a.json", "--x=a=b", "--", "--trace"], ["a.json"], {"x": "a=b"}),
+        ([*RUN, "r", "i", "f", "meta.json", "a.json"], ["a.json"], {}),
+        (
+            [
+                *RUN,
+                "--meta_file",
+                "m",
+                "--logging_file",
+                "l",
+                "--tracking",
+                "t",
+                "--init_id",
+                "i",
+                "--x",
+                "1",
+            ],
+            [],
+            {"x": "1"},
+        ),
+        (["pytest", "run", "--config_file", "a.json"], [], {}),
+        (["-m", "monai.bundle", "verify_metadata", "--meta_file", "m"], [], {}),
+        ([], [], {}),
+        (["-m", "monai.bundle"], [], {}),
+    ],
+)
+def test_command_lines_are_read_as_monai_reads_them(
+    argv: list[str], files: list[str], overrides: dict[str, str]
+) -> None:
+    assert catalog.overrides_in(argv) == ([Path(file) for file in files], overrides)
+
+
+def test_an_arguments_file_counts_and_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "arguments.json"
+    path.write_text(json.dumps({"config_file": ["a.json"], "lr": 0.1, "epochs": 3, "run_id": "go"}))
+    argv = [*RUN, "--args_file", str(path), "--lr", "0.2"]
+    assert catalog.overrides_in(argv) == ([Path("a.json")], {"lr": "0.2", "epochs": "3"})
+
+
+def test_a_misspelt_override_stops_the_run(bundles: Path) -> None:
+    config = str(bundles / "mri_superres" / "configs" / "train.json")
+    catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", "x"])
+    with pytest.raises(SettingError, match=r"train\.json: output_dri \(did you mean output_dir\?\)"):
+        catalog.check_overrides([*RUN, "--config_file", config, "--output_dri", "x"])
+
+
+def test_other_processes_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog.check_overrides()
+    catalog.check_overrides([*RUN, "--config_file", "a.yaml", "--whatever", "x"])
+    monkeypatch.setattr(sys, "argv", ["medsr", "run", "--output_dri", "x"])
+    catalog.check_overrides()
+
+
+def test_the_real_command_line_is_recognised(bundles: Path) -> None:
+    """MONAI's own runner, in a process of its own: what sys.argv really looks like there."""
+    root = bundles / "mri_superres"
+    config = root / "configs" / "inference.json"
+    run = ["$__import__('medsr.catalog').catalog.check_overrides()"]
+    config.write_text(json.dumps({"output_dir": "out", "run": run}))
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config), "--output_dri", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "did you mean output_dir?" in done.stderr
+
+
+@pytest.mark.parametrize("file", ["models/model.pt", "models/tiny/model.pt"])
+def test_weights_are_verified_against_the_list(bundles: Path, file: str) -> None:
+    root = bundles / "mri_superres"
+    path = root / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"weights" * 300_000)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert catalog.weights_digest(root, file) == digest
+
+    sums = root / "models" / "SHA256SUMS"
+    with pytest.raises(WeightsError, match="SHA256SUMS is missing"):
+        catalog.verify_weights(root, file)
+    sums.write_text("# made by hand\n\nnonsense\n")
+    with pytest.raises(WeightsError, match="has no line for"):
+        catalog.verify_weights(root, file)
+    sums.write_text(f"{digest.upper()} *{file.removeprefix('models/')}\n")
+    assert catalog.verify_weights(root, file) == path
+    path.write_bytes(b"other")
+    with pytest.raises(WeightsError, match="is not the listed file") as caught:
+        catalog.verify_weights(root, file)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_or_unreadable_weights_are_named(bundles: Path) -> None:
+    root = bundles / "mri_superres"
+    with pytest.raises(WeightsError, match=r"mri_superres: no weights at models/model\.pt"):
+        catalog.verify_weights(root)
+    (root / "models" / "model.pt").mkdir()
+    with pytest.raises(WeightsError, match=r"cannot read models/model\.pt"):
+        catalog.weights_digest(root)

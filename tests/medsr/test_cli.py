@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from medsr import cli
+from medsr.errors import GeometryError, WeightsError
+
+RECORD = (
+    "$pathlib.Path(@output_file).write_text(json.dumps([@dataset_dir, @output_dir, @level, @bundle_root]))"
+)
+
+
+def make_bundle(folder: Path, name: str, run: Any) -> Path:
+    root = folder / name
+    (root / "configs").mkdir(parents=True)
+    metadata = {
+        "name": "Sharpener",
+        "version": "1.2.0",
+        "task": "Sharpens",
+        "description": "Makes slices thinner.",
+        "network_data_format": {
+            "inputs": {
+                "image": {"type": "image", "format": "raw", "num_channels": 1, "spatial_shape": ["*"]}
+            },
+            "outputs": {"pred": "whatever"},
+        },
+    }
+    (root / "configs" / "metadata.json").write_text(json.dumps(metadata))
+    settings = {
+        "_desc_": "not a setting",
+        "imports": ["$import json", "$import pathlib"],
+        "bundle_root": "somewhere/else",
+        "dataset_dir": "in",
+        "output_dir": "out",
+        "output_file": str(folder / "record.json"),
+        "level": 1,
+        "scale": [1, 1, 4],
+        "network_def": {"_target_": "UNet"},
+        "run": run,
+    }
+    (root / "configs" / "inference.json").write_text(json.dumps(settings))
+    (root / "configs" / "overlay.json").write_text(json.dumps({"level": 7}))
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MEDSR_BUNDLES", str(tmp_path))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scan.nii.gz").touch()
+    (tmp_path / "other.nii.gz").touch()
+    make_bundle(tmp_path, "mri_superres", [RECORD])
+    return tmp_path
+
+
+def fail_with(folder: Path, expression: str) -> int:
+    make_bundle(folder, "failing", [expression])
+    return cli.main(["run", "failing", "scan.nii.gz", "-o", "out"])
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("medsr: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_list_names_bundles_and_needs_no_torch(folder: Path) -> None:
+    code = (
+        "import sys; from medsr.cli import main; status = main(['list']); "
+        "assert not {'torch', 'monai', 'numpy'} & set(sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "mri_superres  1.2.0  1x1x4  Sharpens\n"
+
+
+def test_list_of_nothing_says_where_it_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEDSR_BUNDLES", str(tmp_path))
+    assert cli.main(["list"]) == 4
+    assert str(tmp_path) in one_line(capsys)
+
+
+def test_info_shows_what_can_be_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "mri_superres"]) == 0
+    shown = capsys.readouterr().out
+    assert "mri_superres 1.2.0: Sharpener" in shown
+    assert "input image: image (raw), 1 channel(s), *" in shown
+    assert "output pred: whatever" in shown
+    assert "level = 1" in shown
+    assert "configs: inference.json, overlay.json" in shown
+    for hidden in ("network_def", "run =", "_desc_", "bundle_root"):
+        assert hidden not in shown
+
+
+def test_a_misspelt_bundle_gets_a_suggestion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "mri_supres"]) == 4
+    assert "did you mean mri_superres?" in one_line(capsys)
+
+
+def test_run_passes_inputs_output_and_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", "--set", "level=3"]) == 0
+    source, output, level, root = json.loads((folder / "record.json").read_text())
+    assert (source, output, level) == (str(folder / "scan.nii.gz"), str(folder / "out"), 3)
+    assert root == str(folder / "mri_superres")
+    assert "results are in out" in capsys.readouterr().out
+
+
+def test_run_takes_several_inputs_overlays_and_a_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", f"{folder}/mri_superres", "scan.nii.gz", "other.nii.gz", "-o", "out", "--quiet"]
+    assert cli.main([*command, "--config", "inference.json", "overlay.json"]) == 0
+    source, _, level, _ = json.loads((folder / "record.json").read_text())
+    assert (source, level) == ([str(folder / "scan.nii.gz"), str(folder / "other.nii.gz")], 7)
+    assert capsys.readouterr().out == ""
+
+
+def test_text_settings_need_no_quotes(folder: Path) -> None:
+    settings = ["--set", "level=high", "--set", 'output_dir="a=b"']
+    assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", *settings]) == 0
+    assert json.loads((folder / "record.json").read_text())[1:3] == ["a=b", "high"]
+
+
+def test_nothing_global_is_left_behind(folder: Path) -> None:
+    before = (logging.getLogger().level, logging.getLogRecordFactory(), warnings.filters[:])
+    assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", "--quiet"]) == 0
+    assert (logging.getLogger().level, logging.getLogRecordFactory(), warnings.filters[:]) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "reason"),
+    [
+        (["scan.nii.gz", "--set", "levle=3"], 4, "levle (did you mean level?)"),
+        (["scan.nii.gz", "--set", "level"], 4, "KEY=VALUE"),
+        (["scan.nii.gz", "--config", "train.json"], 4, "there are inference.json, overlay.json"),
+        (["missing.nii.gz"], 2, "missing.nii.gz: there is no such file"),
+        (["case#1"], 2, "'#'"),
+    ],
+)
+def test_faults_are_found_before_anything_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], status: int, reason: str
+) -> None:
+    (folder / "case#1").touch()
+    assert cli.main(["run", "mri_superres", "-o", "out", *words]) == status
+    assert reason in one_line(capsys)
+    assert not (folder / "record.json").exists()
+
+
+def test_a_folder_without_a_bundle_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "./nothing", "scan.nii.gz", "-o", "out"]) == 4
+    assert "not a bundle" in one_line(capsys)
+
+
+RAISE = "$(_ for _ in ()).throw("
+
+
+@pytest.mark.parametrize(
+    ("expression", "status", "line"),
+    [
+        (
+            f"{RAISE}__import__('medsr.errors').errors.WeightsError('model.pt: damaged'))",
+            3,
+            "medsr: error: model.pt: damaged",
+        ),
+        (
+            f"{RAISE}ValueError('odd\\nmore'))",
+            1,
+            "medsr: error: ValueError: odd (--verbose shows where)",
+        ),
+    ],
+)
+def test_errors_inside_the_run_are_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], expression: str, status: int, line: str
+) -> None:
+    assert fail_with(folder, expression) == status
+    shown = capsys.readouterr()
+    assert line in shown.err.splitlines()
+    assert "Traceback" not in shown.out + shown.err
+
+
+def test_verbose_shows_the_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_bundle(folder, "failing", [f"{RAISE}ValueError('odd'))"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert cli.main(["run", "failing", "scan.nii.gz", "-o", "out", "--verbose"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("expression", "status"), [("$exit(5)", 5), ("$exit()", 0), ("$exit('stop')", 1)])
+def test_exit_codes_of_a_config_are_passed_on(folder: Path, expression: str, status: int) -> None:
+    assert fail_with(folder, expression) == status
+
+
+def test_an_interrupt_is_130(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fail_with(folder, f"{RAISE}KeyboardInterrupt())") == 130
+    assert one_line(capsys) == "medsr: interrupted"
+
+
+def test_an_error_of_a_worker_process_keeps_its_meaning() -> None:
+    text = (
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in y\nmedsr.errors.GeometryError: scan.nii: the affine is singular\n\n'
+        "The above exception was the direct cause\nRuntimeError: applying transform"
+    )
+    status, message = cli._report(RuntimeError(text), verbose=False)
+    assert (status, message) == (GeometryError.exit_code, "scan.nii: the affine is singular")
+
+
+def test_an_unknown_error_of_a_worker_process_is_the_first_one() -> None:
+    text = (
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in y\n    z\n    ^\npackage.files.ImageError: empty file\n\n'
+        "The above exception was the direct cause\n\nTraceback (most recent call last):\n"
+        '  File "w.py", line 2, in v\nRuntimeError: applying transform'
+    )
+    assert cli._report(RuntimeError(text), verbose=True) == (1, "ImageError: empty file")
+
+
+def test_engine_messages_lose_their_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    with cli._hushed(quiet=False, verbose=False), caplog.at_level(logging.ERROR):
+        logger = logging.getLogger("engine")
+        logger.error("stopped: %s", "Caught.\nOriginal Traceback (most recent call last):\n  x")
+        logger.error("with exc_info", exc_info=ValueError("odd"))
+    assert "Traceback" not in caplog.text
+    assert [record.getMessage() for record in caplog.records] == ["stopped: Caught.", "with exc_info"]
+
+
+def test_our_error_is_found_behind_others() -> None:
+    outer = RuntimeError("Failed to instantiate component")
+    outer.__cause__ = KeyError("lookup")
+    outer.__cause__.__context__ = WeightsError("model.pt: damaged\n  in two lines")
+    assert cli._report(outer, verbose=False) == (3, "model.pt: damaged in two lines")
+
+
+def test_convert_writes_weights_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    stub = types.ModuleType("medsr.networks.slice_sr")
+    stub.convert_flavr = lambda path: {"weight": torch.ones(2), "source": torch.tensor(path.stat().st_size)}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "medsr.networks.slice_sr", stub)
+    assert cli.main(["convert", "flavr", "scan.nii.gz", "-o", "made/model.pt"]) == 0
+    state = torch.load(folder / "made" / "model.pt", weights_only=True)
+    assert state["weight"].tolist() == [1.0, 1.0]
+    assert [path.name for path in (folder / "made").iterdir()] == ["model.pt"]
+    capsys.readouterr()
+
+    assert cli.main(["convert", "flavr", "missing.pth", "-o", "x.pt"]) == 2
+    assert "missing.pth" in one_line(capsys)
+    assert cli.main(["convert", "flavr", "scan.nii.gz", "-o", "scan.nii.gz/x.pt"]) == 5
+    assert "cannot be written" in one_line(capsys)
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
+    code = "import sys; from medsr.cli import main; sys.exit(main(['info', 'mri_superres']))"
+    # A pipe whose reading end is closed at once.
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.wait()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"]])
+def test_help_and_version_succeed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 0
+    assert "medsr" in capsys.readouterr().out
