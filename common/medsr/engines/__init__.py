@@ -1,0 +1,1 @@
+"""Engine parts that MONAI and Ignite lack."""

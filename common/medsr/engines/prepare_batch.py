@@ -1,0 +1,131 @@
+"""What happens between a batch of sharp blocks and the training step: the acquisition, drawn once per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medsr.errors import SettingError
+from medsr.transforms.slice_profile import acquisition_matrix, fwhm_in_voxels
+from medsr.transforms.thick_slices import RandSimulateThickSlices, ThickSliceParameters
+
+__all__ = ["PrepareThickSlices"]
+
+
+class PrepareThickSlices:
+    """Acquire a batch of sharp blocks as thick slices on the training device: the ``prepare_batch`` of a trainer.
+
+    One draw of ratio, thickness and profile serves the batch, so that its stacks have one size; the degradation is
+    one matrix product. The profile reaches beyond the target on both ends, hence the thick end slices are
+    acquired from real neighbours and not from padding.
+
+    Args:
+        ratio: range of slice spacing divided by voxel size; drawn uniformly in its logarithm.
+        thickness: range of slice thickness divided by slice spacing.
+        max_slices: largest number of thick slices in a stack.
+        min_slices: smallest number; a block that is too short for it is a setting error.
+        noise: largest standard deviation of Gaussian noise, added to half of the stacks only.
+        gamma: range of a gamma change applied to the sharp block before the acquisition.
+        profiles: profiles and their probabilities; default as in
+            :class:`~medsr.transforms.thick_slices.RandSimulateThickSlices`.
+        label_classes: number of label channels after the image channel.
+        seed: seed of the draws.
+
+    Shape:
+        ``batch["image"]`` of ``(B, 1 + label_classes, H, W, L)`` gives inputs ``(B, C, H, W, n)``, targets
+        ``(B, C, H, W, round(n * ratio))`` and the keyword arguments ``scale`` and ``thickness`` of the network.
+
+    Raises:
+        SettingError: if the block is too short for ``min_slices`` thick slices.
+
+    Example:
+        >>> prepare = PrepareThickSlices(ratio=(4, 4), noise=0)
+        >>> inputs, targets, _, _ = prepare({"image": torch.rand(2, 1, 8, 8, 64)})
+        >>> inputs.shape[-1], targets.shape[-1]
+        (12, 48)
+    """
+
+    def __init__(
+        self,
+        ratio: tuple[float, float] = (2.0, 8.0),
+        thickness: tuple[float, float] = (0.6, 1.1),
+        *,
+        max_slices: int = 12,
+        min_slices: int = 4,
+        noise: float = 0.02,
+        gamma: tuple[float, float] = (0.8, 1.25),
+        profiles: Mapping[str, float] | None = None,
+        label_classes: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.ratio, self.noise, self.gamma = (float(ratio[0]), float(ratio[1])), float(noise), tuple(gamma)
+        self.max_slices, self.min_slices = int(max_slices), int(min_slices)
+        self.label_classes = int(label_classes)
+        self.draw = RandSimulateThickSlices(self.ratio, thickness, profiles)
+        self.draw.set_random_state(seed)
+        self.random = np.random.default_rng(seed)
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor, tuple[()], dict[str, float]]:
+        """Return ``(inputs, targets, args, kwargs)`` as MONAI's trainers expect."""
+        sharp = torch.as_tensor(batchdata["image"]).to(device=device, non_blocking=non_blocking)
+        sharp = sharp.as_tensor() if hasattr(sharp, "as_tensor") else sharp
+        drawn = self.draw.make_parameters()
+        length = sharp.shape[-1]
+        wanted = float(np.exp(self.random.uniform(*np.log(self.ratio))))
+        slices = min(self.max_slices, int((length - 2 * wanted) // wanted))
+        if slices < self.min_slices:
+            raise SettingError(
+                f"a block of {length} voxels is too short for {self.min_slices} slices at ratio {wanted:.2f}; "
+                "lengthen the block or lower the ratio"
+            )
+        count = round(slices * wanted)
+        ratio = count / slices
+        sharp = self._recontrast(sharp)
+        start = (length - count) // 2
+        target = sharp[..., start : start + count]
+        phase = start + (count - 1) / 2 - (length - 1) / 2
+        parameters = ThickSliceParameters(max(ratio, 1.2), drawn.thickness, drawn.profile, phase)
+        inputs = sharp @ self._matrix(parameters, length, slices).to(sharp).T
+        if self.label_classes:
+            area = acquisition_matrix(length, slices, ratio=ratio, fwhm=ratio, profile="box", phase=phase)
+            labels = sharp[:, 1:] @ torch.as_tensor(area).to(sharp).T
+            inputs = torch.cat([inputs[:, :1], labels], dim=1)
+        return self._with_noise(inputs), target, (), {"scale": ratio, "thickness": drawn.thickness}
+
+    @staticmethod
+    def _matrix(parameters: ThickSliceParameters, length: int, slices: int) -> Tensor:
+        fwhm = fwhm_in_voxels(parameters.ratio * parameters.thickness, 1.0)
+        matrix = acquisition_matrix(
+            length,
+            slices,
+            ratio=parameters.ratio,
+            fwhm=fwhm,
+            profile=parameters.profile,
+            phase=parameters.phase,
+        )
+        return torch.as_tensor(matrix)
+
+    def _recontrast(self, sharp: Tensor) -> Tensor:
+        """One gamma per block, on the sharp side, so that the pair stays a true pair."""
+        exponent = torch.as_tensor(self.random.uniform(*self.gamma, size=len(sharp))).to(sharp)
+        image = sharp[:, :1]
+        changed = image.clamp(0, 1) ** exponent.view(-1, 1, 1, 1, 1) + (image - image.clamp(0, 1))
+        return torch.cat([changed, sharp[:, 1:]], dim=1)
+
+    def _with_noise(self, inputs: Tensor) -> Tensor:
+        if not self.noise:
+            return inputs
+        sigma = self.random.uniform(0, self.noise, size=len(inputs)) * (self.random.random(len(inputs)) < 0.5)
+        scale = torch.as_tensor(sigma).to(inputs).view(-1, 1, 1, 1, 1)
+        noisy = inputs[:, :1] + torch.randn_like(inputs[:, :1]) * scale
+        return torch.cat([noisy, inputs[:, 1:]], dim=1)

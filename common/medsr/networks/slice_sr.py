@@ -1,0 +1,402 @@
+"""Through-plane super-resolution of slice stacks: the FLAVR layout with a position-conditioned head.
+
+Papers:
+    REHRSeg (self-supervised through-plane super-resolution, uncertainty-aware head): arXiv 2410.10097,
+    Neurocomputing 624 (2025) 129425, doi:10.1016/j.neucom.2025.129425.
+    FLAVR (3D ResNet-18 encoder without strides along time, channel gating): arXiv 2012.08512.
+    SelectionGAN (multi-channel attention selection with an uncertainty map): arXiv 1904.06807.
+Code: written from the papers. Weights: see the bundle's ``models/README.md``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medsr.errors import SettingError, WeightsError
+from medsr.geometry import rescaled_size, slice_positions
+from medsr.resampling import interpolation_matrix
+
+__all__ = ["SliceSRNet", "convert_flavr"]
+
+_STAGES = (64, 64, 128, 256, 512)
+"""Channels at width 1: stem and four residual stages."""
+
+_MIN_UNCERTAINTY, _MAX_UNCERTAINTY = 1e-3, 1.0
+"""Bounds of the predicted absolute error, in units of the normalised intensity range: without the lower one the
+loss ``e / U + ln U`` has no minimum where the error is zero (background)."""
+
+
+class SliceSRNet(nn.Module):
+    """Turns a stack of thick slices into the thin slices inside them, for any ratio, with one set of weights.
+
+    A 3D encoder-decoder of the FLAVR layout sees the whole in-plane context and never strides along the slices. It
+    runs on a stack of any length at once; each slice is encoded once, where windows of four slices would encode
+    it four times. The published heads emit ``r`` channels, hence one head per integer ratio. Here a small network
+    maps *where* a thin slice lies (its offset from the thick slice's centre, the ratio, the thickness) to the
+    weights of a 1 x 1 read-out over a learned basis, so that one set of weights serves every ratio, integer or
+    not, at its exact position. The output is a residual on the cubic B-spline interpolation of the same field of
+    view; no tanh, no subtracted mean.
+
+    With ``head="uncertainty"`` the read-out is the multi-branch attention of REHRSeg: the residual is the
+    attention-weighted sum of ``branches`` candidates, and the expected absolute error is read from the attention.
+
+    MONAI has no network whose output is finer than its input along one axis by a factor chosen at run time.
+
+    Args:
+        width: multiplier of all channel numbers; 1.0 is the published size (42 M parameters), 0.25 has 2.7 M.
+        label_classes: number of label channels that are super-resolved jointly with the image (as logits).
+        head: ``plain`` or ``uncertainty``.
+        branches: number of candidates of the uncertainty head.
+        scale: ratio that is used when ``forward`` is given none.
+        basis: number of through-plane basis maps; default ``64 * width``, at least 16.
+
+    Shape:
+        - image: ``(B, 1 + label_classes, H, W, D)``, slices last, ``H`` and ``W`` of at least 8;
+        - output: ``(B, 1 + label_classes [+ 1], H, W, D')``: image, label logits, and with the uncertainty head
+          the expected absolute error as the last channel. ``D' = round(D * scale)``.
+
+    Raises:
+        SettingError: for an unknown head or a width that gives no channels.
+
+    Example:
+        >>> net = SliceSRNet(width=0.125, head="uncertainty", branches=4)
+        >>> net(torch.zeros(1, 1, 16, 16, 5), scale=3.0).shape
+        torch.Size([1, 2, 16, 16, 15])
+
+    Reference:
+        arXiv 2410.10097; doi:10.1016/j.neucom.2025.129425
+    """
+
+    size_multiple = 8
+    """In-plane sizes are padded (replicated) to this multiple inside ``forward``."""
+
+    half_precision_safe = True
+    """bfloat16 autocast is safe; float16 is not tested."""
+
+    exact_halo = None
+    """No finite halo makes tiling exact: the channel gates pool over the window."""
+
+    def __init__(
+        self,
+        width: float = 0.25,
+        label_classes: int = 0,
+        head: str = "plain",
+        *,
+        branches: int = 16,
+        scale: float = 4.0,
+        basis: int | None = None,
+    ) -> None:
+        super().__init__()
+        if head not in ("plain", "uncertainty"):
+            raise SettingError(f"head must be 'plain' or 'uncertainty', got '{head}'")
+        channels = [int(c * width) for c in _STAGES]
+        if min(channels) < 4:
+            raise SettingError(f"width must be at least {4 / _STAGES[0]}, got {width:g}")
+        self.scale = float(scale)
+        self.label_classes = int(label_classes)
+        self.head = head
+        self.branches = branches if head == "uncertainty" else 0
+        basis = max(16, channels[0]) if basis is None else basis
+
+        self.encoder = _Encoder(1 + label_classes, channels)
+        self.decoder = _Decoder(channels)
+        self.fuse = nn.Conv3d(channels[0], channels[0], 3, padding=1)
+        self.to_basis = nn.Conv3d(channels[0], basis, (1, 7, 7), padding=(0, 3, 3), padding_mode="replicate")
+        self.condition = nn.Linear(2, channels[0])
+        self.apply(_initialise)
+        nn.init.zeros_(self.condition.weight)
+        self.residual = _PositionReadout(basis, 1 + label_classes)
+        if self.branches:
+            self.candidates = _PositionReadout(basis, self.branches * (1 + label_classes))
+            self.attention = _PositionReadout(basis, self.branches, gain=1.0)
+            self.log_uncertainty = nn.Linear(self.branches, 1)
+            nn.init.normal_(self.log_uncertainty.weight, std=0.5)
+            nn.init.constant_(self.log_uncertainty.bias, -4.0)
+
+    def forward(
+        self,
+        image: Tensor,
+        scale: float | None = None,
+        thickness: float = 1.0,
+        positions: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Super-resolve a stack.
+
+        Args:
+            image: stack of thick slices, intensities about [0, 1].
+            scale: slice spacing divided by the new slice spacing; default ``self.scale``.
+            thickness: slice thickness divided by slice spacing; below 1 with a gap.
+            positions: centres of the new slices in units of old slices; default the same field of view.
+        """
+        scale = self.scale if scale is None else float(scale)
+        depth = image.shape[-1]
+        if positions is None:
+            positions = slice_positions(depth, rescaled_size(depth, scale), scale)
+        positions = np.asarray(positions, dtype=np.float64)
+        stack = image.permute(0, 1, 4, 2, 3)
+        features = self._features(stack, scale, float(thickness))
+        skip = self._skip(stack, positions)
+        slabs = np.clip(np.floor(positions + 0.5).astype(int), 0, depth - 1)
+        conditions = torch.tensor(
+            np.stack(
+                [
+                    (positions - slabs) * 2,
+                    np.full_like(positions, 1 / scale),
+                    np.full_like(positions, thickness),
+                ],
+                1,
+            ),
+            dtype=torch.float32,
+            device=image.device,
+        )
+        gathered = features.index_select(1, torch.as_tensor(slabs, device=image.device))
+        outputs = skip + self.residual(gathered, conditions)
+        if self.branches:
+            attention = self.attention(gathered, conditions).softmax(dim=-1)
+            candidates = self.candidates(gathered, conditions).unflatten(
+                -1, (1 + self.label_classes, self.branches)
+            )
+            outputs = outputs + (candidates * attention.unsqueeze(-2)).sum(-1)
+            log_uncertainty = self.log_uncertainty(attention).clamp(
+                float(np.log(_MIN_UNCERTAINTY)), float(np.log(_MAX_UNCERTAINTY))
+            )
+            outputs = torch.cat([outputs, log_uncertainty.exp()], dim=-1)
+        return outputs.permute(0, 4, 2, 3, 1)
+
+    def encoder_features(
+        self, image: Tensor, scale: float | None = None, thickness: float = 1.0
+    ) -> list[Tensor]:
+        """Feature maps of the stem and the four stages, ``(B, C, H', W', D)``: what distillation looks at."""
+        padded, _ = self._padded(image.permute(0, 1, 4, 2, 3))
+        condition = self._condition(self.scale if scale is None else scale, thickness, image)
+        return [level.permute(0, 1, 3, 4, 2) for level in self.encoder(padded, condition)]
+
+    def _features(self, stack: Tensor, scale: float, thickness: float) -> Tensor:
+        """Basis maps in channels-last order ``(B, D, H, W, M)``, float32."""
+        height, width = stack.shape[-2:]
+        padded, (top, left) = self._padded(stack)
+        levels = self.encoder(padded, self._condition(scale, thickness, stack))
+        decoded = F.leaky_relu(self.fuse(self.decoder(levels)), 0.2)
+        basis = self.to_basis(decoded)[..., top : top + height, left : left + width]
+        return basis.permute(0, 2, 3, 4, 1).float()
+
+    def _condition(self, scale: float, thickness: float, like: Tensor) -> Tensor:
+        values = torch.tensor([1 / float(scale), float(thickness)], dtype=torch.float32, device=like.device)
+        return self.condition(values).view(1, -1, 1, 1, 1)
+
+    def _padded(self, stack: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        missing = [-size % self.size_multiple for size in stack.shape[-2:]]
+        if not any(missing):
+            return stack, (0, 0)
+        top, left = missing[0] // 2, missing[1] // 2
+        pads = (left, missing[1] - left, top, missing[0] - top, 0, 0)
+        return F.pad(stack, pads, mode="replicate"), (top, left)
+
+    def _skip(self, stack: Tensor, positions: np.ndarray) -> Tensor:
+        """Cubic interpolation of the image, linear interpolation of the labels as logits; ``(B, D', H, W, C)``."""
+        depth = stack.shape[2]
+        cubic = torch.as_tensor(
+            interpolation_matrix(depth, positions), dtype=torch.float32, device=stack.device
+        )
+        image = torch.einsum("kd,bdhw->bkhw", cubic, stack[:, 0].float()).unsqueeze(-1)
+        if not self.label_classes:
+            return image
+        linear = interpolation_matrix(depth, positions, kind="linear")
+        linear = torch.as_tensor(linear, dtype=torch.float32, device=stack.device)
+        labels = torch.einsum("kd,bcdhw->bkhwc", linear, stack[:, 1:].float()).clamp(0.01, 0.99).logit()
+        return torch.cat([image, labels], dim=-1)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Keep the variance of the activations through the trunk, which has no normalisation layer.
+
+    PyTorch's default shrinks it about threefold per layer: the first thousand iterations would go into undoing
+    that. Gates start nearly open.
+    """
+    if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+        fan_in = module.weight[0].numel()
+        if isinstance(module, nn.ConvTranspose3d):
+            # Each output voxel is reached by the taps of its own phase only.
+            fan_in = module.weight.shape[0] * module.weight[0, 0].numel() // int(np.prod(module.stride))
+        nn.init.normal_(module.weight, std=float(np.sqrt(2 / (1.04 * fan_in))))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, _Gate):
+        nn.init.normal_(module.linear.weight, std=0.1 * module.linear.weight.shape[1] ** -0.5)
+        nn.init.constant_(module.linear.bias, 2.0)
+    if isinstance(module, _ResidualBlock):
+        module.conv2.weight.data.mul_(0.5)
+
+
+class _PositionReadout(nn.Module):
+    """A 1 x 1 convolution whose weights are a learned function of the thin slice's position in its slab.
+
+    Args:
+        basis: number of input maps.
+        channels: number of output maps.
+        gain: scale of the initial weights; 0 makes the read-out start at zero.
+    """
+
+    def __init__(self, basis: int, channels: int, gain: float = 0.0) -> None:
+        super().__init__()
+        self.basis, self.channels = basis, channels
+        self.hidden = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU())
+        self.weights = nn.Linear(64, channels * (basis + 1))
+        nn.init.normal_(self.weights.weight, std=gain * (64 * basis) ** -0.5)
+        nn.init.normal_(self.weights.bias, std=gain * basis**-0.5)
+
+    def forward(self, basis: Tensor, conditions: Tensor) -> Tensor:
+        """``(B, K, H, W, M)`` and ``(K, 3)`` to ``(B, K, H, W, C)``."""
+        with torch.autocast(basis.device.type, enabled=False):
+            weights = self.weights(self.hidden(conditions.float())).view(-1, self.channels, self.basis + 1)
+            weight, bias = weights[..., :-1], weights[..., -1]
+            batch, count, height, width, maps = basis.shape
+            flat = basis.reshape(batch, count, height * width, maps)
+            out = torch.matmul(flat, weight.transpose(1, 2)) + bias[:, None]
+        return out.view(batch, count, height, width, self.channels)
+
+
+class _Gate(nn.Module):
+    """Multiplies each channel by a sigmoid of a linear function of all channel means."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv3d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.linear(x.mean(dim=(2, 3, 4), keepdim=True)))
+
+
+class _ResidualBlock(nn.Module):
+    """Two 3 x 3 x 3 convolutions without normalisation, gated, on a skip; strides in-plane only."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(inputs, outputs, 3, stride=(1, stride, stride), padding=1, bias=False)
+        self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
+        self.gate = _Gate(outputs)
+        changes = stride != 1 or inputs != outputs
+        self.project = (
+            nn.Conv3d(inputs, outputs, 1, stride=(1, stride, stride), bias=False) if changes else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x if self.project is None else self.project(x)
+        return F.relu(self.gate(self.conv2(F.relu(self.conv1(x)))) + skip)
+
+
+class _Encoder(nn.Module):
+    """3D ResNet-18 whose strides, all in-plane, are 2 (stem), 1, 2, 2, 1."""
+
+    def __init__(self, inputs: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(inputs, channels[0], (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
+        self.stages = nn.ModuleList(
+            nn.Sequential(_ResidualBlock(before, after, stride), _ResidualBlock(after, after, 1))
+            for before, after, stride in zip(channels[:-1], channels[1:], (1, 2, 2, 1), strict=True)
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> list[Tensor]:
+        levels = [F.relu(self.stem(x) + condition)]
+        for stage in self.stages:
+            levels.append(stage(levels[-1]))
+        return levels
+
+
+class _Decoder(nn.Module):
+    """Five gated (transposed) convolutions, each joined with the encoder level of its size."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        c0, c1, c2, c3, c4 = channels
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv3d(c4, c3, 3, padding=1),
+                nn.ConvTranspose3d(2 * c3, c2, (3, 4, 4), stride=(1, 2, 2), padding=1),
+                nn.ConvTranspose3d(2 * c2, c1, (3, 4, 4), stride=(1, 2, 2), padding=1),
+                nn.Conv3d(2 * c1, c0, 3, padding=1),
+                nn.ConvTranspose3d(2 * c0, c0, (3, 4, 4), stride=(1, 2, 2), padding=1),
+            ]
+        )
+        self.gates = nn.ModuleList(_Gate(c) for c in (c3, c2, c1, c0, c0))
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        x0, x1, x2, x3, x = levels
+        for layer, gate, skip in zip(self.layers, self.gates, (x3, x2, x1, x0, None), strict=True):
+            x = F.leaky_relu(gate(layer(x)), 0.2)
+            x = x if skip is None else torch.cat([x, skip], dim=1)
+        return x
+
+
+def convert_flavr(path: str | Path) -> OrderedDict[str, Tensor]:
+    """Map a public FLAVR checkpoint onto the trunk of ``SliceSRNet(width=1.0)``.
+
+    The stem (3 colour channels), the frame fusion and the output layer have no counterpart and are dropped;
+    every other tensor must be present with the right shape.
+
+    Args:
+        path: the checkpoint file that the user has; a state dict or a dict with key ``state_dict``.
+
+    Returns:
+        tensors for ``load_state_dict(..., strict=False)``.
+
+    Raises:
+        WeightsError: if the file cannot be read safely, or a tensor is missing, unknown or of another shape.
+    """
+    file = Path(path)
+    try:
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(f"{file.name}: cannot be read as plain weights ({type(error).__name__})") from None
+    state: Mapping[str, Tensor] = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {
+        k: v for k, v in state.items() if not k.startswith(("encoder.stem.", "feature_fuse.", "outconv."))
+    }
+    targets = SliceSRNet(width=1.0).state_dict()
+    names = _flavr_names()
+    converted: OrderedDict[str, Tensor] = OrderedDict()
+    for key, value in state.items():
+        name = names.get(key)
+        if name is None:
+            raise WeightsError(
+                f"{file.name}: unexpected tensor '{key}': not a FLAVR checkpoint without batch norm"
+            )
+        if targets[name].shape != value.shape:
+            raise WeightsError(
+                f"{file.name}: tensor '{key}' has shape {tuple(value.shape)}, expected {tuple(targets[name].shape)}"
+            )
+        converted[name] = value
+    missing = sorted(key for key, name in names.items() if name not in converted)
+    if missing:
+        raise WeightsError(f"{file.name}: {len(missing)} tensors are missing, the first is '{missing[0]}'")
+    return converted
+
+
+def _flavr_names() -> dict[str, str]:
+    """FLAVR's tensor names and ours."""
+    names = {}
+    for stage in range(4):
+        for block in range(2):
+            theirs, ours = f"encoder.layer{stage + 1}.{block}", f"encoder.stages.{stage}.{block}"
+            names[f"{theirs}.conv1.0.weight"] = f"{ours}.conv1.weight"
+            names[f"{theirs}.conv2.0.weight"] = f"{ours}.conv2.weight"
+            for part in ("weight", "bias"):
+                names[f"{theirs}.fg.attn_layer.0.{part}"] = f"{ours}.gate.linear.{part}"
+        if stage:
+            names[f"encoder.layer{stage + 1}.0.downsample.0.weight"] = (
+                f"encoder.stages.{stage}.0.project.weight"
+            )
+    for layer, kind in enumerate(("conv", "upconv", "upconv", "conv", "upconv")):
+        for part in ("weight", "bias"):
+            names[f"decoder.{layer}.{kind}.0.{part}"] = f"decoder.layers.{layer}.{part}"
+            names[f"decoder.{layer}.{kind}.1.attn_layer.0.{part}"] = f"decoder.gates.{layer}.linear.{part}"
+    return names
