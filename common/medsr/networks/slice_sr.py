@@ -37,13 +37,14 @@ loss ``e / U + ln U`` has no minimum where the error is zero (background)."""
 class SliceSRNet(nn.Module):
     """Turns a stack of thick slices into the thin slices inside them, for any ratio, with one set of weights.
 
-    A 3D encoder-decoder of the FLAVR layout sees the whole in-plane context and never strides along the slices. It
-    runs on a stack of any length at once; each slice is encoded once, where windows of four slices would encode
-    it four times. The published heads emit ``r`` channels, hence one head per integer ratio. Here a small network
-    maps *where* a thin slice lies (its offset from the thick slice's centre, the ratio, the thickness) to the
-    weights of a 1 x 1 read-out over a learned basis, so that one set of weights serves every ratio, integer or
-    not, at its exact position. The output is a residual on the cubic B-spline interpolation of the same field of
-    view; no tanh, no subtracted mean.
+    A 3D encoder-decoder of the FLAVR layout sees the whole in-plane context and never strides along the slices.
+    It runs on a stack of any length at once; each slice is encoded once, where windows of four slices would
+    encode it four times. The published heads emit ``r`` channels, hence one head per integer ratio. Here a small
+    network maps *where* a thin slice lies (its offset from the thick slice's centre, the ratio, the thickness) to
+    the weights of a 1 x 1 read-out over a learned basis, so that one set of weights serves every ratio, integer
+    or not, at its exact position. The published stem halves the in-plane resolution at once; two blocks at full
+    resolution beside it learn the fine detail several times sooner. The output is a residual on the cubic
+    B-spline interpolation of the same field of view; no tanh, no subtracted mean.
 
     With ``head="uncertainty"`` the read-out is the multi-branch attention of REHRSeg: the residual is the
     attention-weighted sum of ``branches`` candidates, and the expected absolute error is read from the attention.
@@ -108,6 +109,8 @@ class SliceSRNet(nn.Module):
 
         self.encoder = _Encoder(1 + label_classes, channels)
         self.decoder = _Decoder(channels)
+        self.detail = nn.Conv3d(1 + label_classes, channels[0], 3, padding=1)
+        self.detail_blocks = nn.ModuleList(_PlainBlock(channels[0]) for _ in range(2))
         self.fuse = nn.Conv3d(channels[0], channels[0], 3, padding=1)
         self.to_basis = nn.Conv3d(channels[0], basis, (1, 7, 7), padding=(0, 3, 3), padding_mode="replicate")
         self.condition = nn.Linear(2, channels[0])
@@ -184,7 +187,10 @@ class SliceSRNet(nn.Module):
         height, width = stack.shape[-2:]
         padded, (top, left) = self._padded(stack)
         levels = self.encoder(padded, self._condition(scale, thickness, stack))
-        decoded = F.leaky_relu(self.fuse(self.decoder(levels)), 0.2)
+        detail = self.detail(padded)
+        for block in self.detail_blocks:
+            detail = block(detail)
+        decoded = F.leaky_relu(self.fuse(self.decoder(levels) + detail), 0.2)
         basis = self.to_basis(decoded)[..., top : top + height, left : left + width]
         return basis.permute(0, 2, 3, 4, 1).float()
 
@@ -232,7 +238,7 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, _Gate):
         nn.init.normal_(module.linear.weight, std=0.1 * module.linear.weight.shape[1] ** -0.5)
         nn.init.constant_(module.linear.bias, 2.0)
-    if isinstance(module, _ResidualBlock):
+    if isinstance(module, (_ResidualBlock, _PlainBlock)):
         module.conv2.weight.data.mul_(0.5)
 
 
@@ -291,6 +297,18 @@ class _ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         skip = x if self.project is None else self.project(x)
         return F.relu(self.gate(self.conv2(F.relu(self.conv1(x)))) + skip)
+
+
+class _PlainBlock(nn.Module):
+    """Two 3 x 3 x 3 convolutions on a skip at full resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
 
 
 class _Encoder(nn.Module):

@@ -1,0 +1,349 @@
+"""Handlers of a training run: a guard before the step, weights that survive a stop, and a record of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from torch import nn
+
+import medsr
+from medsr.errors import MedsrError, OutputError, WeightsError
+from medsr.io.writing import atomic_path, write_json
+
+__all__ = ["BudgetSchedule", "GradientGuard", "InitialWeights", "RunRecord", "WeightSaver", "save_weights"]
+
+_log = logging.getLogger(__name__)
+
+
+class GradientGuard:
+    """Clips the gradient and skips the step where it is not finite; stops after too many skips in a row.
+
+    ``ignite.handlers.TerminateOnNan`` was considered: it looks after the step, when the weights are lost already.
+
+    Args:
+        network: whose gradients are guarded.
+        max_norm: largest gradient norm; larger ones are scaled down to it.
+        patience: number of bad batches in a row after which training stops with an error.
+
+    Raises:
+        MedsrError: from the training loop, after ``patience`` bad batches in a row.
+
+    Example:
+        >>> GradientGuard(nn.Linear(1, 1)).skipped
+        0
+    """
+
+    def __init__(self, network: nn.Module, max_norm: float = 1.0, patience: int = 10) -> None:
+        self.network, self.max_norm, self.patience = network, float(max_norm), int(patience)
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a MONAI trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Clip, or drop the gradient of this iteration."""
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        if math.isfinite(float(norm)):
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        for parameter in self.network.parameters():
+            parameter.grad = None
+        if self._in_a_row >= self.patience:
+            raise MedsrError(
+                f"training stopped: {self.patience} batches in a row gave no finite gradient; "
+                "check the training images or lower the learning rate"
+            )
+
+
+class BudgetSchedule:
+    """One-cycle learning rate over a budget of iterations or minutes, whichever is used up first; then stops.
+
+    The rate is driven by the share of the budget that is spent, so that a slow machine anneals as completely as a
+    fast one. ``torch.optim.lr_scheduler.OneCycleLR`` with ``ignite.handlers.TimeLimit`` was considered: stopped by
+    the clock, it leaves the weights at a high rate.
+
+    Args:
+        optimizer: whose rate is set.
+        learning_rate: highest rate.
+        iterations: budget of iterations.
+        minutes: budget of wall time; None for no limit.
+        warm_up: share of the budget over which the rate rises.
+
+    Example:
+        >>> schedule = BudgetSchedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), 1.0, iterations=100)
+        >>> round(schedule.rate_at(0.05), 3), round(schedule.rate_at(1.0), 3)
+        (1.0, 0.001)
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        learning_rate: float,
+        iterations: int,
+        *,
+        minutes: float | None = None,
+        warm_up: float = 0.05,
+    ) -> None:
+        self.optimizer, self.learning_rate, self.iterations = optimizer, float(learning_rate), int(iterations)
+        self.minutes, self.warm_up = minutes, float(warm_up)
+        self._start = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer."""
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop)
+
+    def rate_at(self, progress: float) -> float:
+        """Learning rate at a share of the budget."""
+        if progress < self.warm_up:
+            return self.learning_rate * (0.05 + 0.95 * progress / self.warm_up)
+        angle = math.pi * min(1.0, (progress - self.warm_up) / (1 - self.warm_up))
+        return self.learning_rate * (0.001 + 0.999 * (1 + math.cos(angle)) / 2)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set the rate of the coming iteration."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate_at(self._progress(engine.state.iteration - 1))
+
+    def _begin(self, engine: Engine) -> None:
+        self._start = time.monotonic()
+
+    def _progress(self, iteration: int) -> float:
+        spent = (time.monotonic() - self._start) / (60 * self.minutes) if self.minutes else 0.0
+        return max(iteration / self.iterations, spent)
+
+    def _stop(self, engine: Engine) -> None:
+        if self._progress(engine.state.iteration) >= 1:
+            engine.terminate()
+
+
+class InitialWeights:
+    """Loads weights into a network when training starts; tensors of another head may be absent.
+
+    Args:
+        path: plain state dict; None does nothing.
+        network: gets the weights.
+        strict: demand that every tensor of the network is in the file.
+
+    Raises:
+        WeightsError: if the file cannot be read safely or does not fit.
+
+    Example:
+        >>> InitialWeights(None, nn.Linear(1, 1)).path is None
+        True
+    """
+
+    def __init__(self, path: str | Path | None, network: nn.Module, strict: bool = False) -> None:
+        self.path, self.network, self.strict = path, network, strict
+
+    def attach(self, engine: Engine) -> None:
+        """Register on the start of the engine."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine | None = None) -> None:
+        """Load now."""
+        if not self.path:
+            return
+        name = Path(self.path).name
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            result = self.network.load_state_dict(state, strict=self.strict)
+        except OSError as error:
+            raise WeightsError(f"{name}: cannot be read ({error.strerror})") from None
+        except Exception as error:
+            raise WeightsError(f"{name}: does not fit this network ({str(error).splitlines()[0]})") from None
+        if result.unexpected_keys:
+            raise WeightsError(
+                f"{name}: unknown tensor '{result.unexpected_keys[0]}'; made for another network"
+            )
+        _log.info("%s: %d tensors keep their initial values", name, len(result.missing_keys))
+
+
+class WeightSaver:
+    """Writes plain weights now and then, at the end, and when training is stopped: whole or not at all.
+
+    ``monai.handlers.CheckpointSaver`` was considered: it writes in place, and a full disk destroys the last good
+    file. An exponential moving average makes better weights than the last iteration; pass ignite's
+    ``EMAHandler.ema_model``.
+
+    Args:
+        network: whose weights are saved.
+        path: file to write; ``SHA256SUMS`` is written beside it.
+        every: iterations between two savings.
+        dtype: ``float32`` or ``float16``, storage type of floating-point tensors.
+
+    Example:
+        >>> WeightSaver(nn.Linear(1, 1), "model.pt").every
+        500
+    """
+
+    def __init__(
+        self, network: nn.Module, path: str | Path, every: int = 500, dtype: str = "float32"
+    ) -> None:
+        self.network, self.path, self.every = network, Path(path), int(every)
+        self.dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
+        engine.add_event_handler(Events.COMPLETED, self)
+        engine.add_event_handler(Events.TERMINATE, self)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._on_exception)
+
+    def __call__(self, engine: Engine | None = None) -> None:
+        """Save now."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(self.network.state_dict(), self.path, dtype=self.dtype)
+
+    def _on_exception(self, engine: Engine, error: BaseException) -> None:
+        self(engine)
+        raise error
+
+
+class RunRecord:
+    """Leaves ``train_record.json``: what was trained how long on what, and the history of the loss terms.
+
+    Args:
+        path: file to write.
+        settings: whatever describes the run: command-line settings, data, licences.
+        loss: if it has ``last_terms``, each is averaged and logged under its name.
+        every: iterations between two entries of the history.
+
+    Example:
+        >>> RunRecord("record.json", settings={}).history
+        []
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        loss: nn.Module | None = None,
+        every: int = 100,
+    ) -> None:
+        self.path, self.settings, self.loss, self.every = Path(path), dict(settings), loss, int(every)
+        self.history: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._start = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer."""
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
+        engine.add_event_handler(Events.COMPLETED, self)
+        engine.add_event_handler(Events.TERMINATE, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the record now."""
+        minutes = (time.monotonic() - self._start) / 60
+        if self._count:
+            entry = {name: round(total / self._count, 6) for name, total in self._sums.items()}
+            self.history.append({"iteration": engine.state.iteration, "minutes": round(minutes, 2), **entry})
+            _log.info("iteration %d: %s", engine.state.iteration, entry)
+            self._sums, self._count = {}, 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(
+            self.path,
+            {
+                "command": " ".join(["python", "-m", "monai.bundle", *sys.argv[1:]]),
+                "commit": _commit(),
+                "settings": {key: _plain(value) for key, value in self.settings.items()},
+                "iterations": engine.state.iteration,
+                "minutes": round(minutes, 1),
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}",
+                "versions": {"medsr": medsr.__version__, "torch": torch.__version__},
+                "history": self.history,
+            },
+        )
+
+    def _begin(self, engine: Engine) -> None:
+        self._start = time.monotonic()
+
+    def _collect(self, engine: Engine) -> None:
+        terms = getattr(self.loss, "last_terms", None) or {"loss": float(engine.state.output["loss"])}
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._count += 1
+
+
+def save_weights(
+    state: Mapping[str, torch.Tensor], path: str | Path, *, dtype: torch.dtype = torch.float32
+) -> str:
+    """Write a plain state dict whole or not at all, list its SHA-256 in ``SHA256SUMS``, and return the digest.
+
+    Raises:
+        OutputError: if the file cannot be written, or does not read back equal.
+    """
+    path = Path(path)
+    plain = {
+        key: value.detach().cpu().to(dtype).contiguous()
+        if value.is_floating_point()
+        else value.detach().cpu()
+        for key, value in state.items()
+    }
+    with _as_output_error(path), atomic_path(path) as unfinished:
+        torch.save(plain, unfinished)
+        again = torch.load(unfinished, map_location="cpu", weights_only=True)
+        if any(not torch.equal(again[key], plain[key]) for key in plain):
+            raise OutputError(f"{path.name}: the weights do not read back equal; check the disk")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    sums = path.parent / "SHA256SUMS"
+    lines = sums.read_text().splitlines() if sums.exists() else []
+    lines = [line for line in lines if line.split()[-1:] != [path.name]]
+    with atomic_path(sums) as unfinished:
+        Path(unfinished).write_text("\n".join([*lines, f"{digest}  {path.name}"]) + "\n")
+    return digest
+
+
+@contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{path.name}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
+def _commit() -> str:
+    """Commit of the source tree, if it is one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(medsr.__file__).parent,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
