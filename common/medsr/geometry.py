@@ -137,7 +137,7 @@ def slice_positions(size: int, new_size: int, ratio: float | None = None) -> Flo
 
 
 def rescaled_affine(
-    affine: npt.ArrayLike, axis: int, size: int, new_size: int, ratio: float | None = None
+    affine: npt.ArrayLike, axis: int, *, size: int, new_size: int, ratio: float | None = None
 ) -> FloatArray:
     """Affine of the volume after its slice axis was resampled on the same field of view.
 

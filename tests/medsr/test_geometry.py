@@ -90,7 +90,7 @@ AFFINES = st.builds(
 
 @given(AFFINES, AXES, SIZES, SIZES)
 def test_the_field_of_view_is_preserved(affine: FloatArray, axis: int, size: int, new_size: int) -> None:
-    new = rescaled_affine(affine, axis, size, new_size)
+    new = rescaled_affine(affine, axis, size=size, new_size=new_size)
     np.testing.assert_allclose(faces(new, axis, new_size), faces(affine, axis, size), atol=1e-8)
 
 
@@ -99,7 +99,7 @@ def test_with_any_ratio_the_centre_stays_and_the_spacing_is_exact(
     affine: FloatArray, axis: int, size: int, ratio: float
 ) -> None:
     new_size = rescaled_size(size, ratio)
-    new = rescaled_affine(affine, axis, size, new_size, ratio)
+    new = rescaled_affine(affine, axis, size=size, new_size=new_size, ratio=ratio)
     middle = faces(affine, axis, size).mean(axis=0)
     np.testing.assert_allclose(faces(new, axis, new_size).mean(axis=0), middle, atol=1e-8)
     assert spacing_of(new)[axis] == pytest.approx(spacing_of(affine)[axis] / ratio)
@@ -114,7 +114,7 @@ def test_with_any_ratio_the_centre_stays_and_the_spacing_is_exact(
 def test_the_new_slices_of_a_slab_average_to_its_centre(
     affine: FloatArray, axis: int, size: int, ratio: int
 ) -> None:
-    new = rescaled_affine(affine, axis, size, size * ratio)
+    new = rescaled_affine(affine, axis, size=size, new_size=size * ratio)
     fine = centres(new, axis, size * ratio).reshape(size, ratio, 3).mean(axis=1)
     np.testing.assert_allclose(fine, centres(affine, axis, size), atol=1e-8)
 
@@ -123,7 +123,7 @@ def test_the_new_slices_of_a_slab_average_to_its_centre(
 def test_the_origin_moves_by_half_a_new_spacing_per_extra_slice(
     affine: FloatArray, axis: int, size: int, ratio: int
 ) -> None:
-    new = rescaled_affine(affine, axis, size, size * ratio)
+    new = rescaled_affine(affine, axis, size=size, new_size=size * ratio)
     direction = affine[:3, axis] / spacing_of(affine)[axis]
     shift = -spacing_of(new)[axis] * (ratio - 1) / 2 * direction
     np.testing.assert_allclose(new[:3, 3] - affine[:3, 3], shift, atol=1e-9)
@@ -134,7 +134,7 @@ def test_the_other_axes_and_the_input_are_untouched(
     affine: FloatArray, axis: int, size: int, ratio: float
 ) -> None:
     before = affine.copy()
-    new = rescaled_affine(affine, axis, size, rescaled_size(size, ratio), ratio)
+    new = rescaled_affine(affine, axis, size=size, new_size=rescaled_size(size, ratio), ratio=ratio)
     others = [i for i in range(3) if i != axis]
     np.testing.assert_array_equal(new[:, others], affine[:, others])
     np.testing.assert_array_equal(affine, before)
@@ -143,19 +143,21 @@ def test_the_other_axes_and_the_input_are_untouched(
 
 @given(AFFINES, AXES, SIZES, st.integers(1, 8))
 def test_finer_and_back_is_the_identity(affine: FloatArray, axis: int, size: int, ratio: int) -> None:
-    fine = rescaled_affine(affine, axis, size, size * ratio)
-    np.testing.assert_allclose(rescaled_affine(fine, axis, size * ratio, size), affine, atol=1e-9)
+    fine = rescaled_affine(affine, axis, size=size, new_size=size * ratio)
+    np.testing.assert_allclose(
+        rescaled_affine(fine, axis, size=size * ratio, new_size=size), affine, atol=1e-9
+    )
 
 
 @given(AFFINES, AXES, SIZES)
 def test_ratio_one_changes_nothing(affine: FloatArray, axis: int, size: int) -> None:
-    np.testing.assert_allclose(rescaled_affine(affine, axis, size, size), affine, atol=1e-12)
+    np.testing.assert_allclose(rescaled_affine(affine, axis, size=size, new_size=size), affine, atol=1e-12)
 
 
 @given(SIZES, SIZES)
 def test_positions_agree_with_the_affine(size: int, new_size: int) -> None:
     affine = make_affine((1.0, 1.0, 3.0), (5.0, -7.0, 11.0))
-    fine = centres(rescaled_affine(affine, 2, size, new_size), 2, new_size)[:, 2]
+    fine = centres(rescaled_affine(affine, 2, size=size, new_size=new_size), 2, new_size)[:, 2]
     np.testing.assert_allclose(fine, 11.0 + 3.0 * slice_positions(size, new_size), atol=1e-9)
 
 
@@ -214,7 +216,7 @@ def test_all_orientations_and_flips(order: tuple[int, ...], signs: tuple[float, 
             tuple(spacing), (-90.0, 120.0, -70.0), directions=signed_permutation(order, signs)
         )
         assert slice_axis(affine) == axis
-        new = rescaled_affine(affine, axis, 20, 100)
+        new = rescaled_affine(affine, axis, size=20, new_size=100)
         np.testing.assert_allclose(spacing_of(new), 0.9)
         np.testing.assert_allclose(faces(new, axis, 100), faces(affine, axis, 20), atol=1e-10)
         # The axes keep their directions: a flip stays a flip.

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from medsr.errors import DataError
 from medsr.io.cases import find_cases
 from medsr.io.dicom import is_dicom_series
 
-__all__ = ["seed_everything", "training_items"]
+__all__ = [
+    "distributed",
+    "end_process_group",
+    "rank",
+    "seed_everything",
+    "start_process_group",
+    "training_items",
+]
 
 
 def seed_everything(seed: int) -> int:
@@ -62,3 +71,36 @@ def training_items(
     if not found or (unmatched and not any("*" in p for p in unmatched)):
         raise DataError(f"{root.name}: no volume matches '{unmatched[0]}'")
     return [{"image": path, "weight": weight} for path, weight in found.items()]
+
+
+def rank() -> int:
+    """Rank of this process, 0 without ``torchrun``.
+
+    Example:
+        >>> rank()
+        0
+    """
+    return int(os.environ.get("RANK", "0"))
+
+
+def start_process_group() -> torch.device:
+    """Join the processes that ``torchrun`` started and return this one's device: NCCL on GPUs, gloo on the CPU."""
+    on_gpu = torch.cuda.is_available()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu:
+        torch.cuda.set_device(local)
+    return torch.device(f"cuda:{local}" if on_gpu else "cpu")
+
+
+def end_process_group() -> None:
+    """Leave the group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def distributed(network: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a network so that gradients are averaged over the processes."""
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(network, device_ids=devices)

@@ -160,19 +160,42 @@ class SliceSRNet(nn.Module):
             dtype=torch.float32,
             device=image.device,
         )
-        gathered = features.index_select(1, torch.as_tensor(slabs, device=image.device))
-        outputs = skip + self.residual(gathered, conditions)
-        if self.branches:
-            attention = self.attention(gathered, conditions).softmax(dim=-1)
-            candidates = self.candidates(gathered, conditions).unflatten(
-                -1, (1 + self.label_classes, self.branches)
-            )
-            outputs = outputs + (candidates * attention.unsqueeze(-2)).sum(-1)
-            log_uncertainty = self.log_uncertainty(attention).clamp(
-                float(np.log(_MIN_UNCERTAINTY)), float(np.log(_MAX_UNCERTAINTY))
-            )
-            outputs = torch.cat([outputs, log_uncertainty.exp()], dim=-1)
-        return outputs.permute(0, 4, 2, 3, 1)
+        index = torch.as_tensor(slabs, device=image.device)
+        weights, bias = self._readout_weights(conditions)
+        # The branches of the uncertainty head take many times the memory of the result: without gradients, a few
+        # slices at a time are enough.
+        step = len(positions) if torch.is_grad_enabled() else 4
+        outputs = []
+        for k in range(0, len(positions), step):
+            part = slice(k, k + step)
+            basis = features.index_select(1, index[part])
+            outputs.append(skip[:, part] + self._read(basis, weights[part], bias[part]))
+        return torch.cat(outputs, dim=1).permute(0, 4, 2, 3, 1)
+
+    def _readout_weights(self, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights ``(K, M, C)`` and biases ``(K, C)`` of all read-outs side by side."""
+        readouts = [self.residual, self.attention, self.candidates] if self.branches else [self.residual]
+        parts = [readout(conditions) for readout in readouts]
+        weights, biases = zip(*parts, strict=True)
+        return torch.cat(weights, dim=-1), torch.cat(biases, dim=-1)
+
+    def _read(self, basis: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+        """Residuals, and with the uncertainty head the error as last channel, ``(B, K, H, W, C)``."""
+        batch, count, height, width, maps = basis.shape
+        with torch.autocast(basis.device.type, enabled=False):
+            flat = torch.matmul(basis.reshape(batch, count, height * width, maps), weights) + bias[:, None]
+        read = flat.view(batch, count, height, width, -1)
+        outputs = 1 + self.label_classes
+        if not self.branches:
+            return read
+        attention = read[..., outputs : outputs + self.branches].softmax(dim=-1)
+        candidates = read[..., outputs + self.branches :].unflatten(-1, (outputs, self.branches))
+        chosen = read[..., :outputs] + (candidates * attention.unsqueeze(-2)).sum(-1)
+        log_uncertainty = self.log_uncertainty(attention).clamp(
+            float(np.log(_MIN_UNCERTAINTY)), float(np.log(_MAX_UNCERTAINTY))
+        )
+        # The skip that is added to all channels holds zero here.
+        return torch.cat([chosen, log_uncertainty.exp()], dim=-1)
 
     def encoder_features(
         self, image: Tensor, scale: float | None = None, thickness: float = 1.0
@@ -213,12 +236,14 @@ class SliceSRNet(nn.Module):
             interpolation_matrix(depth, positions), dtype=torch.float32, device=stack.device
         )
         image = torch.einsum("kd,bdhw->bkhw", cubic, stack[:, 0].float()).unsqueeze(-1)
+        if self.branches:
+            none = image.new_zeros(()).expand_as(image)
         if not self.label_classes:
-            return image
+            return torch.cat([image, none], dim=-1) if self.branches else image
         linear = interpolation_matrix(depth, positions, kind="linear")
         linear = torch.as_tensor(linear, dtype=torch.float32, device=stack.device)
         labels = torch.einsum("kd,bcdhw->bkhwc", linear, stack[:, 1:].float()).clamp(0.01, 0.99).logit()
-        return torch.cat([image, labels], dim=-1)
+        return torch.cat([image, labels, none] if self.branches else [image, labels], dim=-1)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -259,15 +284,11 @@ class _PositionReadout(nn.Module):
         nn.init.normal_(self.weights.weight, std=gain * (64 * basis) ** -0.5)
         nn.init.normal_(self.weights.bias, std=gain * basis**-0.5)
 
-    def forward(self, basis: Tensor, conditions: Tensor) -> Tensor:
-        """``(B, K, H, W, M)`` and ``(K, 3)`` to ``(B, K, H, W, C)``."""
-        with torch.autocast(basis.device.type, enabled=False):
+    def forward(self, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """``(K, 3)`` to the weights ``(K, M, C)`` and the biases ``(K, C)``."""
+        with torch.autocast(conditions.device.type, enabled=False):
             weights = self.weights(self.hidden(conditions.float())).view(-1, self.channels, self.basis + 1)
-            weight, bias = weights[..., :-1], weights[..., -1]
-            batch, count, height, width, maps = basis.shape
-            flat = basis.reshape(batch, count, height * width, maps)
-            out = torch.matmul(flat, weight.transpose(1, 2)) + bias[:, None]
-        return out.view(batch, count, height, width, self.channels)
+        return weights[..., :-1].transpose(1, 2), weights[..., -1]
 
 
 class _Gate(nn.Module):

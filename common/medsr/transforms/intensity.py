@@ -52,9 +52,9 @@ class PercentileToUnitd(MapTransform):
             low, high = percentile_range(np.asarray(image[0]))
             if not high > low:
                 raise DataError(f"{key}: no contrast between the 0.1 and 99.9 percentiles ({low:g})")
-            meta = {**image.meta, "intensity_offset": float(low), "intensity_scale": float(high - low)}
             scaled = (image.as_tensor().float() - low) / (high - low)
-            result[key] = MetaTensor(scaled, meta=meta, applied_operations=list(image.applied_operations))
+            result[key] = MetaTensor(scaled).copy_meta_from(image)
+            result[key].meta.update(intensity_offset=float(low), intensity_scale=float(high - low))
             if self.foreground_key and self.foreground_key not in result:
                 result[self.foreground_key] = torch.as_tensor(head_mask(np.asarray(scaled[0])))
         return result

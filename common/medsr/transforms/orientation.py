@@ -118,6 +118,7 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         keys: images on one grid; the first decides where the foreground is.
         size: block size ``(H, W, L)``, ``L`` along the sharp axis. A volume that is smaller is padded by its edge.
         foreground: smallest share of foreground voxels; after ten draws the best block is taken.
+        shuffle: exchange the first two axes at random.
 
     Shape:
         ``(C, X, Y, Z)`` to ``(C, H, W, L)``.
@@ -134,11 +135,12 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         size: Sequence[int] = (48, 48, 64),
         foreground: float = 0.3,
         *,
+        shuffle: bool = True,
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)
-        self.size, self.foreground = tuple(int(s) for s in size), float(foreground)
+        self.size, self.foreground, self.shuffle = tuple(int(s) for s in size), float(foreground), shuffle
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Cut the same block from every key."""
@@ -162,7 +164,8 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         best: tuple[float, list[int], tuple[slice, ...]] | None = None
         for _ in range(10):
             last = sharp[self.R.randint(len(sharp))]
-            order = [int(a) for a in self.R.permutation([a for a in range(3) if a != last])] + [last]
+            others = [axis for axis in range(3) if axis != last]
+            order = [*(self.R.permutation(others).tolist() if self.shuffle else others), last]
             shape = [image.shape[1 + axis] for axis in order]
             starts = [self.R.randint(max(1, n - s + 1)) for n, s in zip(shape, self.size, strict=True)]
             block = tuple(slice(start, start + s) for start, s in zip(starts, self.size, strict=True))

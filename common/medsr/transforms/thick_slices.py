@@ -81,15 +81,17 @@ class ThickSliceParameters:
 
 
 def thick_slice_affine(
-    affine: npt.ArrayLike, axis: int, size: int, parameters: ThickSliceParameters
+    affine: npt.ArrayLike, parameters: ThickSliceParameters, *, size: int, axis: int = 2
 ) -> npt.NDArray[np.float64]:
     """Affine of the thick volume that ``parameters`` acquire from ``size`` thin slices along ``axis``.
 
     Example:
-        >>> thick_slice_affine(np.eye(4), 2, 8, ThickSliceParameters(4.0))[2].tolist()
+        >>> thick_slice_affine(np.eye(4), ThickSliceParameters(4.0), size=8)[2].tolist()
         [0.0, 0.0, 4.0, 1.5]
     """
-    matrix = rescaled_affine(affine, axis, size, parameters.thick_size(size), ratio=1 / parameters.ratio)
+    matrix = rescaled_affine(
+        affine, axis, size=size, new_size=parameters.thick_size(size), ratio=1 / parameters.ratio
+    )
     matrix[:3, 3] += np.asarray(affine, dtype=np.float64)[:3, axis] * parameters.phase
     return matrix
 
@@ -280,7 +282,7 @@ def _acquire(image: Tensor, axis: int, parameters: ThickSliceParameters, is_labe
     weights = torch.as_tensor(matrix, dtype=torch.float32, device=image.device)
     values = torch.as_tensor(image.as_tensor() if isinstance(image, MetaTensor) else image).float()
     values = torch.moveaxis(torch.moveaxis(values, 1 + axis, -1) @ weights.T, -1, 1 + axis)
-    affine = thick_slice_affine(_affine(image), axis, size, parameters)
+    affine = thick_slice_affine(_affine(image), parameters, size=size, axis=axis)
     meta = dict(image.meta) if isinstance(image, MetaTensor) else {}
     meta["slice_thickness_mm"] = (
         parameters.ratio * parameters.thickness * float(spacing_of(_affine(image))[axis])

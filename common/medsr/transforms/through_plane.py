@@ -73,7 +73,7 @@ class ResampleThroughPlaned(MapTransform):
             matrix = interpolation_matrix(size, slice_positions(size, new_size, ratio), kind=self.kind)
             values = image.as_tensor().float() @ torch.as_tensor(matrix.T, dtype=torch.float32)
             meta["sharp_axes"] = (0, 1)
-            new_affine = rescaled_affine(affine, 2, size, new_size, ratio)
+            new_affine = rescaled_affine(affine, 2, size=size, new_size=new_size, ratio=ratio)
             result[key] = MetaTensor(values, affine=torch.as_tensor(new_affine), meta=meta)
         return result
 
@@ -121,7 +121,7 @@ class UpdateGeometryd(MapTransform):
         for key in self.key_iterator(result):
             image = result[key]
             values = image.as_tensor() if isinstance(image, MetaTensor) else image
-            new = rescaled_affine(affine, axis, size, values.shape[1 + axis], ratio)
+            new = rescaled_affine(affine, axis, size=size, new_size=values.shape[1 + axis], ratio=ratio)
             kept = {k: v for k, v in meta.items() if k in ("sform_code", "qform_code", "filename_or_obj")}
             result[key] = MetaTensor(values, affine=torch.as_tensor(new), meta=kept)
         return result

@@ -1,0 +1,96 @@
+"""Case by case: a bad input is reported and left out, the other cases go on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ignite.engine import Engine
+from monai.data import Dataset
+from monai.engines import SupervisedEvaluator
+
+from medsr.errors import MedsrError
+
+__all__ = ["CaseDataset", "CaseEvaluator", "one_line"]
+
+_log = logging.getLogger(__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """What was wrong, in one line: the innermost error of this project, else the innermost of all.
+
+    Example:
+        >>> one_line(ValueError("too short"))
+        'ValueError: too short'
+    """
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    ours = [e for e in chain if isinstance(e, MedsrError)]
+    if ours:
+        return " ".join(str(ours[-1]).split())
+    last = chain[-1]
+    text = (str(last).strip().splitlines() or ["no message"])[0]
+    return f"{type(last).__name__}: {text}"
+
+
+class CaseDataset(Dataset):
+    """A dataset whose unreadable items become ``{"case": name, "error": reason}`` instead of ending the run.
+
+    Args:
+        data: items with the keys ``image`` and ``case``.
+        transform: the preprocessing.
+
+    Example:
+        >>> CaseDataset([{"image": "missing.nii.gz", "case": "a"}], transform=int)[0]["case"]
+        'a'
+    """
+
+    def __init__(
+        self, data: Sequence[Mapping[str, Any]], transform: Callable[..., Any] | None = None
+    ) -> None:
+        super().__init__(list(data), transform)
+
+    def _transform(self, index: int) -> Any:
+        item = dict(self.data[index])
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            return {"case": item["case"], "error": one_line(error)}
+
+
+class CaseEvaluator(SupervisedEvaluator):
+    """MONAI's evaluator that survives a bad case and remembers why it was bad.
+
+    ``failures`` maps case names to one-line reasons. Everything that belongs to a case, saving included, must be
+    registered on ``IterationEvents.MODEL_COMPLETED``: it runs inside the guarded iteration.
+
+    Args:
+        **settings: of ``monai.engines.SupervisedEvaluator``.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.failures: dict[str, str] = {}
+        super().__init__(**settings)
+
+    def _iteration(self, engine: Engine, batchdata: Mapping[str, Any]) -> Any:  # type: ignore[override]
+        case = str(_first(batchdata.get("case", "case")))
+        if "error" in batchdata:
+            return self._failed(engine, case, str(_first(batchdata["error"])))
+        try:
+            return super()._iteration(engine, batchdata)
+        except (Exception, MemoryError) as error:
+            return self._failed(engine, case, one_line(error))
+
+    def _failed(self, engine: Engine, case: str, reason: str) -> dict[str, Any]:
+        self.failures[case] = reason
+        _log.error("%s", reason if case in reason else f"{case}: {reason}")
+        engine.state.output = {}
+        return {}
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,132 @@
+"""What a config's ``run`` calls around an engine: checks before anything is loaded, and an honest exit status."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from medsr import catalog
+from medsr.errors import DataError, MedsrError, WeightsError
+from medsr.geometry import slice_axis
+from medsr.io.cases import find_cases, inspect_case
+from medsr.io.writing import probe_folder
+
+__all__ = ["check_settings", "check_weights", "load_weights", "one_line_errors", "preflight"]
+
+_log = logging.getLogger(__name__)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def one_line_errors(function: _Function) -> _Function:
+    """Turn the errors of this project into one line on stderr and an exit status.
+
+    MONAI wraps an exception of a config expression into another with a long traceback; ``SystemExit`` passes.
+    """
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except MedsrError as error:
+            sys.stderr.write(f"medsr: error: {' '.join(str(error).split())}\n")
+            raise SystemExit(error.exit_code) from None
+
+    return guarded  # type: ignore[return-value]
+
+
+@one_line_errors
+def check_settings() -> None:
+    """Refuse a misspelt setting on the command line, which MONAI would accept in silence."""
+    catalog.check_overrides()
+
+
+@one_line_errors
+def preflight(
+    dataset_dir: str | Sequence[str],
+    output_dir: str | Path,
+    *,
+    weights: str | Path | None = None,
+    network: nn.Module | None = None,
+    force: bool = False,
+) -> int:
+    """Check settings, output folder, weights and the headers of all inputs before the first voxel is read.
+
+    Bad cases are logged here already, in milliseconds; they are left out later and the others go on. Only if no
+    case is usable does the run end here.
+
+    Args:
+        dataset_dir: input file or folder, or a list.
+        output_dir: folder of the results; created if missing.
+        weights: plain state dict that must fit the network.
+        network: see ``weights``.
+        force: accept near-isotropic inputs.
+
+    Returns:
+        the number of usable cases.
+    """
+    catalog.check_overrides()
+    if not dataset_dir:
+        raise DataError(
+            "no input: set --dataset_dir to a NIfTI file, a folder of them or a DICOM series folder"
+        )
+    cases = find_cases(dataset_dir)
+    probe_folder(output_dir)
+    if weights is not None and network is not None:
+        check_weights(weights, network)
+    reasons = []
+    for case in cases:
+        try:
+            header = inspect_case(case["image"])
+            slice_axis(header.affine, force=force, name=Path(case["image"]).name)
+        except MedsrError as error:
+            reasons.append(error)
+    if len(reasons) == len(cases):
+        if len(reasons) > 1:
+            for error in reasons:
+                _log.error("%s", error)
+            raise DataError(f"none of the {len(cases)} cases can be used; the first reason: {reasons[0]}")
+        raise reasons[0]
+    return len(cases) - len(reasons)
+
+
+@one_line_errors
+def check_weights(path: str | Path, network: nn.Module) -> None:
+    """Say in one line why a weight file cannot be used: missing, damaged, or made for another network.
+
+    A digest in ``SHA256SUMS`` beside the file is compared: one flipped bit loads without a complaint.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise WeightsError(f"{file.name}: no such weight file; set --weights or reinstall the bundle")
+    if (file.parent / "SHA256SUMS").exists() and file.parent.name == "models":
+        catalog.verify_weights(file.parent.parent, f"models/{file.name}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(
+            f"{file.name}: damaged or not a plain state dict ({type(error).__name__})"
+        ) from None
+    wanted = network.state_dict()
+    if not isinstance(state, dict) or set(state) != set(wanted):
+        raise WeightsError(f"{file.name}: made for another network; check --width and --weights")
+    wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
+    if wrong:
+        raise WeightsError(
+            f"{file.name}: '{wrong[0]}' has shape {tuple(state[wrong[0]].shape)}, this network needs "
+            f"{tuple(wanted[wrong[0]].shape)}; check --width"
+        )
+
+
+@one_line_errors
+def load_weights(path: str | Path, network: nn.Module) -> nn.Module:
+    """Check a weight file, load it, and return the network."""
+    check_weights(path, network)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network

@@ -1,0 +1,237 @@
+"""What a case leaves behind, whole or not at all, and the report of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import logging
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+
+import medsr
+from medsr.errors import MedsrError
+from medsr.geometry import slice_axis, slice_positions, spacing_of, to_slice_last
+from medsr.handlers.qc_figure import draw_qc
+from medsr.io.writing import write_figure, write_json, write_nifti
+from medsr.resampling import interpolation_matrix, resample_last_axis
+
+__all__ = ["CaseOutput", "RunReport"]
+
+_log = logging.getLogger(__name__)
+
+
+def processed_cases(engine: Engine) -> list[dict[str, Any]]:
+    """The decollated output of an evaluator with what its input items hold besides, such as the case name."""
+    return [{**origin, **item} for origin, item in zip(engine.state.batch, engine.state.output, strict=True)]
+
+
+class CaseOutput:
+    """Writes the volumes and the quality-control figure of a case; if one fails, none of the case remains.
+
+    Runs inside the guarded iteration of a :class:`~medsr.engines.case_evaluator.CaseEvaluator`, after the
+    postprocessing.
+
+    Args:
+        output_dir: folder of the results.
+        suffixes: result key to file suffix: ``<case>_<suffix>.nii.gz``.
+        figure: also draw ``<case>_qc.png``.
+
+    Example:
+        >>> sorted(CaseOutput("out").suffixes.values())
+        ['superres', 'uncertainty']
+    """
+
+    def __init__(
+        self, output_dir: str | Path, suffixes: Mapping[str, str] | None = None, figure: bool = True
+    ) -> None:
+        self.output_dir, self.figure = Path(output_dir), figure
+        self.suffixes = dict(suffixes or {"pred": "superres", "uncertainty": "uncertainty"})
+        self.written: dict[str, list[str]] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Register behind the postprocessing."""
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the case that was just processed."""
+        for item in processed_cases(engine):
+            self.write(item, self._facts(engine))
+
+    def write(self, item: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Write one postprocessed item with the keys ``image``, ``case`` and those of ``suffixes``."""
+        case = str(item["case"])
+        done: list[Path] = []
+        try:
+            for key, suffix in self.suffixes.items():
+                if key in item:
+                    done.append(self._volume(item[key], self.output_dir / f"{case}_{suffix}.nii.gz"))
+            if self.figure:
+                path = self.output_dir / f"{case}_qc.png"
+                write_figure(path, self._draw(item, facts))
+                done.append(path)
+        except BaseException:
+            for path in done:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise
+        self.written[case] = [path.name for path in done]
+
+    @staticmethod
+    def _facts(engine: Engine) -> Mapping[str, Any]:
+        return getattr(getattr(engine, "inferer", None), "facts", {})
+
+    @staticmethod
+    def _volume(image: Any, path: Path) -> Path:
+        array = np.asarray(image.as_tensor().cpu().float())
+        array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
+        codes = {name: max(1, int(image.meta.get(name, 1))) for name in ("sform_code", "qform_code")}
+        write_nifti(path, array, affine=np.asarray(image.affine, dtype=np.float64), **codes)
+        return path
+
+    def _draw(self, item: Mapping[str, Any], facts: Mapping[str, Any]) -> Any:
+        pred = item["pred"]
+        order = to_slice_last(slice_axis(item["image"].meta["original_affine"], force=True))
+        fine = np.asarray(pred.as_tensor()[0].permute(order).cpu().float())
+        source = item["image"]
+        meta = source.meta
+        scale, offset = float(meta.get("intensity_scale", 1)), float(meta.get("intensity_offset", 0))
+        thick = np.asarray(source.as_tensor()[0].cpu().float()) * scale + offset
+        ratio = float(facts.get("ratio", fine.shape[2] / thick.shape[2]))
+        positions = slice_positions(thick.shape[2], fine.shape[2], ratio)
+        volumes = {
+            f"{caption}": resample_last_axis(
+                thick, interpolation_matrix(thick.shape[2], positions, kind=kind)
+            )
+            for caption, kind in (("input slices", "nearest"), ("cubic", "cubic"))
+        }
+        volumes["super-resolved"] = fine
+        if "uncertainty" in item:
+            volumes["uncertainty"] = np.asarray(
+                item["uncertainty"].as_tensor()[0].permute(order).cpu().float()
+            )
+        spacing = spacing_of(np.asarray(pred.affine, dtype=np.float64))[list(order)]
+        consistency = facts.get("data_consistency_db")
+        footer = (
+            f"ratio {ratio:g}; slice profile {facts.get('slice_profile', '-')}, thickness / spacing "
+            f"{facts.get('slice_thickness_per_spacing', '-')}; data consistency {consistency} dB; "
+            f"uncertainty = expected absolute error, unit of the image; medsr {medsr.__version__}. Not for diagnosis."
+        )
+        return draw_qc(
+            volumes,
+            spacing_mm=tuple(float(s) for s in spacing),
+            title=f"{item['case']}: slices of {float(spacing[2]) * ratio:.3g} mm to {spacing[2]:.3g} mm",
+            footer=footer,
+        )
+
+
+class RunReport:
+    """Leaves ``report.json``: versions, hashes, device, and per case geometry, time, warnings or the reason of failure.
+
+    It is rewritten after each case, so that an interrupted run has one too. File names of the inputs appear, their
+    folders and contents do not.
+
+    Args:
+        output_dir: folder of the results.
+        settings: the settings of the run that shape the result.
+        config_files: configs whose SHA-256 is recorded.
+        weights: weight file whose SHA-256 is recorded.
+        output: the :class:`CaseOutput` whose file names are listed.
+
+    Example:
+        >>> RunReport("out").cases
+        {}
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        settings: Mapping[str, Any] | None = None,
+        config_files: Sequence[str | Path] = (),
+        weights: str | Path | None = None,
+        output: CaseOutput | None = None,
+    ) -> None:
+        self.output_dir, self.settings, self.output = Path(output_dir), dict(settings or {}), output
+        self.hashes = {Path(p).name: _sha256(p) for p in [*config_files, *([weights] if weights else [])]}
+        self.cases: dict[str, dict[str, Any]] = {}
+        self._since = time.monotonic()
+        self._device = "cpu"
+
+    def attach(self, engine: Engine) -> None:
+        """Register behind the saving of a case."""
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._record)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the report now."""
+        for case, reason in getattr(engine, "failures", {}).items():
+            self.cases[case] = {"status": "failed", "reason": reason}
+        self._since = time.monotonic()
+        self.write()
+
+    def write(self) -> Path:
+        """Write ``report.json`` and return its path."""
+        return write_json(
+            self.output_dir / "report.json",
+            {
+                "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "versions": {
+                    "medsr": medsr.__version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+                "device": self._device,
+                "threads": torch.get_num_threads(),
+                "sha256": self.hashes,
+                "settings": self.settings,
+                "succeeded": sum(case["status"] == "done" for case in self.cases.values()),
+                "failed": sum(case["status"] != "done" for case in self.cases.values()),
+                "cases": self.cases,
+            },
+        )
+
+    def finish(self) -> None:
+        """End the process with a non-zero status if a case failed, after one line for each."""
+        failed = {case: entry["reason"] for case, entry in self.cases.items() if entry["status"] != "done"}
+        if failed:
+            _log.error("%d of %d cases failed, see report.json", len(failed), len(self.cases))
+            raise SystemExit(MedsrError.exit_code)
+
+    def _begin(self, engine: Engine) -> None:
+        self._since = time.monotonic()
+        self._device = str(getattr(engine.state, "device", "cpu"))
+
+    def _record(self, engine: Engine) -> None:
+        for item in processed_cases(engine):
+            case, image, pred = str(item["case"]), item["image"], item["pred"]
+            facts = dict(getattr(getattr(engine, "inferer", None), "facts", {}))
+            notes = [line for line in str(image.meta.get("notes", "")).splitlines() if line]
+            affine = np.asarray(image.meta["original_affine"], dtype=np.float64)
+            self.cases[case] = {
+                "status": "done",
+                "input": Path(str(image.meta.get("filename_or_obj", case))).name,
+                "input_size": [int(n) for n in image.meta["spatial_shape"]],
+                "input_spacing_mm": [round(float(s), 5) for s in spacing_of(affine)],
+                "output_size": [int(n) for n in pred.shape[1:]],
+                "output_spacing_mm": [round(float(s), 5) for s in spacing_of(np.asarray(pred.affine))],
+                "seconds": round(time.monotonic() - self._since, 1),
+                "files": self.output.written.get(case, []) if self.output else [],
+                "warnings": [*notes, *facts.pop("warnings", [])],
+                **facts,
+            }
+
+
+def _sha256(path: str | Path) -> str | None:
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return None

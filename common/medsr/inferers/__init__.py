@@ -1,0 +1,1 @@
+"""Inferers for networks whose output is finer than their input."""

@@ -1,0 +1,65 @@
+"""bfloat16 where the hardware has it and the network stays the same, float32 elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from medsr.errors import SettingError
+
+__all__ = ["PRECISIONS", "choose_precision", "native_bfloat16"]
+
+_log = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def native_bfloat16(device: torch.device | str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; emulated, it is several times slower than float32.
+
+    Example:
+        >>> native_bfloat16("cpu") in (True, False)
+        True
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if kind != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("arm_bf16"))
+
+
+def choose_precision(
+    wanted: str, run: Callable[[Tensor], Tensor], window: Tensor, *, tolerance: float = 0.01
+) -> torch.dtype:
+    """Data type of the convolutions: bfloat16 only if native and, on one window, equal to float32 within tolerance.
+
+    Some releases of the GPU libraries compute 3D convolutions wrongly in bfloat16; a glance at one window is cheap.
+
+    Args:
+        wanted: ``auto``, ``float32`` or ``bfloat16`` (which skips the question whether it is native).
+        run: the network on one window.
+        window: input of the trial.
+        tolerance: largest mean absolute difference, relative to the spread of the float32 result.
+
+    Raises:
+        SettingError: for an unknown word.
+    """
+    if wanted not in PRECISIONS:
+        raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{wanted}'")
+    if wanted == "float32" or (wanted == "auto" and not native_bfloat16(window.device)):
+        return torch.float32
+    exact = run(window).float()
+    with torch.autocast(window.device.type, dtype=torch.bfloat16):
+        fast = run(window).float()
+    difference = float((fast - exact).abs().mean() / exact.std().clamp_min(1e-6))
+    if difference <= tolerance:
+        return torch.bfloat16
+    _log.warning(
+        "bfloat16 differs from float32 by %.3g of the spread on this device: using float32", difference
+    )
+    return torch.float32

@@ -1,0 +1,159 @@
+"""Through-plane inference in groups of slices and in-plane tiles: every slice is written once, none is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.inferers import Inferer
+from torch import Tensor, nn
+
+from medsr.errors import SettingError
+from medsr.geometry import rescaled_size, slice_positions
+from medsr.inferers.precision import choose_precision
+
+__all__ = ["SliceGroupInferer"]
+
+
+class _Tile(NamedTuple):
+    """Along one axis: what a window reads, what of it is kept, and where that belongs."""
+
+    read: slice
+    keep: slice
+    place: slice
+
+
+class SliceGroupInferer(Inferer):
+    """Runs a slice network over a stack of any size in bounded memory.
+
+    ``monai.inferers.SlidingWindowInferer`` was considered: its buffered mode cannot change the scale, it truncates
+    non-integer zooms, blends along the slices and needs a count map of the size of the result. Here a group of
+    thick slices is read together with ``context`` neighbours on either side, and only the thin slices inside the
+    group are kept; in the plane, tiles overlap by ``halo`` voxels that are cut away. At the ends of the stack the
+    group simply has fewer neighbours, as in training.
+
+    Args:
+        group: thick slices per window whose results are kept.
+        context: thick slices on either side that are read only.
+        tile: in-plane size of a window without halo; None runs whole planes.
+        halo: voxels around a tile that are read only, at least; windows at the border are shifted inwards, so that
+            all have one size.
+        batch: tiles that are processed together.
+        amp: ``auto``, ``float32`` or ``bfloat16``, see :func:`medsr.inferers.precision.choose_precision`.
+        both_directions: also run the reversed stack and average; reversing the input then exactly reverses the
+            result, at twice the time.
+        progress: show a progress bar.
+
+    Shape:
+        ``(B, C, H, W, D)`` to ``(B, C', H, W, round(D * scale))``, float32, on the device of the input.
+
+    Raises:
+        SettingError: for sizes that are not positive.
+
+    Example:
+        >>> from medsr.networks.slice_sr import SliceSRNet
+        >>> inferer = SliceGroupInferer(group=4, tile=16, halo=4, amp="float32")
+        >>> inferer(torch.zeros(1, 1, 24, 24, 5), SliceSRNet(width=0.125), scale=2.5).shape
+        torch.Size([1, 1, 24, 24, 13])
+    """
+
+    def __init__(
+        self,
+        group: int = 12,
+        context: int = 3,
+        tile: int | None = 96,
+        *,
+        halo: int = 16,
+        batch: int = 2,
+        amp: str = "auto",
+        both_directions: bool = False,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if group < 1 or context < 0 or halo < 0 or (tile is not None and tile < 8):
+            raise SettingError(
+                f"group >= 1, context >= 0, halo >= 0 and tile >= 8 are needed, got {group}, {context}, {halo}, {tile}"
+            )
+        self.group, self.context, self.tile, self.halo, self.batch = group, context, tile, halo, max(1, batch)
+        self.amp, self.both_directions, self.progress = amp, both_directions, progress
+        self.used_dtype = torch.float32
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        network: Callable[..., Tensor],
+        *args: Any,
+        scale: float | None = None,
+        thickness: float = 1.0,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Super-resolve the stack; ``scale`` defaults to the network's."""
+        scale = float(getattr(network, "scale", 1.0) if scale is None else scale)
+        if isinstance(network, nn.Module):
+            network.eval()
+        stack = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        settings = {"scale": scale, "thickness": float(thickness)}
+        with torch.inference_mode():
+            result = self._run(stack, network, settings)
+            if self.both_directions:
+                result += self._run(stack.flip(-1), network, settings).flip(-1)
+                result *= 0.5
+        return result.clone() if result.is_inference() else result
+
+    def _run(self, stack: Tensor, network: Callable[..., Tensor], settings: dict[str, float]) -> Tensor:
+        height, width, depth = stack.shape[-3:]
+        positions = slice_positions(depth, rescaled_size(depth, settings["scale"]), settings["scale"])
+        slabs = np.clip(np.floor(positions + 0.5).astype(int), 0, depth - 1)
+        tiles = [(row, column) for row in self._tiles(height) for column in self._tiles(width)]
+        pairs = [tiles[k : k + self.batch] for k in range(0, len(tiles), self.batch)]
+        windows = [(first, pair) for first in range(0, depth, self.group) for pair in pairs]
+        result: Tensor | None = None
+        dtype: torch.dtype | None = None
+        for first, pair in self._progress(windows):
+            wanted = np.nonzero((slabs >= first) & (slabs < first + self.group))[0]
+            if not len(wanted):
+                continue
+            low, high = max(0, first - self.context), min(depth, first + self.group + self.context)
+            parts = torch.cat([stack[..., row.read, column.read, low:high] for row, column in pair])
+
+            def run(x: Tensor, places: np.ndarray = positions[wanted] - low) -> Tensor:
+                return network(x, positions=places, **settings)
+
+            if dtype is None:
+                dtype = self.used_dtype = choose_precision(self.amp, run, parts)
+            # PyTorch gives small 3D convolutions on one sample to a kernel several times slower than for two.
+            lonely = len(parts) == 1 and parts.device.type == "cpu"
+            with torch.autocast(stack.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                found = run(parts.expand(2, *parts.shape[1:]))[:1] if lonely else run(parts)
+            if result is None:
+                shape = (len(stack), found.shape[1], height, width, len(positions))
+                result = torch.empty(shape, dtype=torch.float32, device=stack.device)
+            thin = slice(int(wanted[0]), int(wanted[-1]) + 1)
+            for (row, column), one in zip(pair, found.split(len(stack)), strict=True):
+                result[..., row.place, column.place, thin] = one[..., row.keep, column.keep, :]
+        assert result is not None
+        return result
+
+    def _tiles(self, size: int) -> list[_Tile]:
+        """Equal windows that cover an axis; each keeps its own share and reads at least ``halo`` around it."""
+        if self.tile is None or size <= self.tile + 2 * self.halo:
+            whole = slice(0, size)
+            return [_Tile(whole, whole, whole)]
+        count = -(-size // self.tile)
+        edges = [round(i * size / count) for i in range(count + 1)]
+        length = min(size, max(b - a for a, b in pairwise(edges)) + 2 * self.halo)
+        tiles = []
+        for start, stop in pairwise(edges):
+            low = min(max(0, start - self.halo), size - length)
+            tiles.append(_Tile(slice(low, low + length), slice(start - low, stop - low), slice(start, stop)))
+        return tiles
+
+    def _progress(self, windows: list[Any]) -> Any:
+        if not self.progress:
+            return windows
+        from tqdm.auto import tqdm
+
+        return tqdm(windows, desc="super-resolution", unit="window", leave=False)

@@ -1,0 +1,190 @@
+"""Inference of one volume as a scanner delivers it: ratio and thickness from its geometry, every channel alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medsr.errors import SettingError
+from medsr.geometry import rescaled_size, slice_positions, spacing_of
+from medsr.inferers.slice_group import SliceGroupInferer
+from medsr.metrics.volume import psnr
+from medsr.resampling import interpolation_matrix
+from medsr.transforms.slice_profile import PROFILES, acquisition_matrix, fwhm_in_voxels, read_taps
+
+__all__ = ["MIN_SLICES", "VolumeInferer", "consistent", "projection_matrix"]
+
+MIN_SLICES = 4
+"""With fewer slices the network has no context to speak of: the result is the cubic interpolation."""
+
+
+class VolumeInferer(SliceGroupInferer):
+    """Super-resolves volumes whose affine says how thick the slices are.
+
+    The ratio is the slice spacing divided by ``spacing_mm``, the thickness comes from the setting, else from
+    ``meta["slice_thickness_mm"]``, else it is the spacing (no gap). Each channel, for example each time point, is
+    processed alone. Afterwards the result is made consistent with the measured slices: the part of the difference
+    between them and the re-acquired result that the slice profile can explain is added back.
+    ``facts`` holds what the report needs about the last volume.
+
+    Args:
+        spacing_mm: slice spacing of the result; default the in-plane spacing.
+        slice_thickness_mm: overrides what the file says.
+        slice_profile: ``slr``, ``gaussian``, ``box``, ``slr-legacy`` or a file of taps.
+        consistency: share of the explainable difference that is added back; 0 leaves the network's result.
+        **settings: of :class:`~medsr.inferers.slice_group.SliceGroupInferer`.
+
+    Shape:
+        ``(1, C, H, W, D)``, slices last, intensities about [0, 1], to ``(1, C * K, H, W, D')`` with the ``K``
+        output channels of the network: all images first, then all uncertainties.
+
+    Raises:
+        SettingError: if a setting is out of range.
+
+    Example:
+        >>> VolumeInferer(slice_profile="box", tile=None).slice_profile
+        'box'
+    """
+
+    def __init__(
+        self,
+        spacing_mm: float | None = None,
+        slice_thickness_mm: float | None = None,
+        slice_profile: str = "slr",
+        *,
+        consistency: float = 1.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        for name, value in (("target_spacing_mm", spacing_mm), ("slice_thickness_mm", slice_thickness_mm)):
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise SettingError(f"{name} must be > 0 mm, got {value}")
+        if not 0 <= consistency <= 1:
+            raise SettingError(f"consistency must lie in [0, 1], got {consistency}")
+        self.spacing_mm, self.slice_thickness_mm = spacing_mm, slice_thickness_mm
+        self.slice_profile, self.consistency = slice_profile, float(consistency)
+        self.taps = None if slice_profile in PROFILES else read_taps(slice_profile)
+        self.facts: dict[str, Any] = {}
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Super-resolve the first (only) volume of the batch."""
+        if inputs.shape[0] != 1:
+            raise SettingError(f"volumes differ in geometry: use batch size 1, got {inputs.shape[0]}")
+        ratio, thickness, warnings = self._acquisition(inputs)
+        stack = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        size = stack.shape[-1]
+        new_size = rescaled_size(size, ratio)
+        facts: dict[str, Any] = {
+            "ratio": ratio,
+            "slice_thickness_per_spacing": round(thickness, 4),
+            "slice_profile": self.slice_profile,
+            "method": "network",
+        }
+        images, extras = [], []
+        acquire = self.acquisition(new_size, size, ratio, thickness)
+        for channel in range(stack.shape[1]):
+            one = stack[:, channel : channel + 1]
+            if size < MIN_SLICES:
+                found = self._interpolated(one, ratio, new_size, network)
+            else:
+                found = super().__call__(one, network, scale=ratio, thickness=thickness)
+            image = found[:, :1]
+            if self.consistency:
+                image = consistent(image, one, acquire, share=self.consistency)
+            images.append(image)
+            extras.append(found[:, 1:])
+        if size < MIN_SLICES:
+            facts["method"] = "cubic interpolation"
+            warnings.append(f"only {size} slices: interpolated, the network needs {MIN_SLICES}")
+        result = torch.cat([*images, *extras], dim=1)
+        facts["data_consistency_db"] = _rounded(self._consistency_db(images[0], stack[:, :1], acquire))
+        facts["convolutions"] = str(self.used_dtype).removeprefix("torch.")
+        facts["warnings"] = warnings
+        self.facts = facts
+        return result
+
+    def acquisition(self, size: int, thick_size: int, ratio: float, thickness: float) -> Tensor:
+        """Matrix ``(thick slices, thin slices)`` by which the result, re-acquired, should give the input."""
+        fwhm = fwhm_in_voxels(ratio * thickness, 1.0)
+        profile = self.slice_profile if self.taps is None else self.taps
+        matrix = acquisition_matrix(size, thick_size, ratio=ratio, fwhm=fwhm, profile=profile)
+        return torch.as_tensor(matrix, dtype=torch.float32)
+
+    def _acquisition(self, inputs: Tensor) -> tuple[float, float, list[str]]:
+        meta = getattr(inputs, "meta", {})
+        affine = np.asarray(getattr(inputs, "affine", np.eye(4)), dtype=np.float64).reshape(-1, 4, 4)[0]
+        spacing = spacing_of(affine)
+        wanted = float(spacing[:2].max()) if self.spacing_mm is None else float(self.spacing_mm)
+        ratio = round(float(spacing[2]) / wanted, 3)
+        if ratio < 1:
+            raise SettingError(
+                f"target_spacing_mm {wanted:g} is coarser than the slices of {spacing[2]:.3g} mm; choose a smaller one"
+            )
+        found = meta.get("slice_thickness_mm")
+        found = None if found is None else float(np.asarray(found).ravel()[0])
+        thickness = self.slice_thickness_mm or found or float(spacing[2])
+        warnings = []
+        if not 0.2 <= thickness / spacing[2] <= 2:
+            warnings.append(
+                f"slice thickness {thickness:g} mm is unusual for a spacing of {spacing[2]:.3g} mm"
+            )
+        if ratio > 8:
+            warnings.append(f"ratio {ratio:g} is beyond the 8 that the network was trained for")
+        return ratio, thickness / float(spacing[2]), warnings
+
+    @staticmethod
+    def _interpolated(stack: Tensor, ratio: float, new_size: int, network: Callable[..., Tensor]) -> Tensor:
+        size = stack.shape[-1]
+        positions = slice_positions(size, new_size, ratio)
+        matrices = [interpolation_matrix(size, positions, kind=kind) for kind in ("cubic", "nearest")]
+        cubic, nearest = (stack.float() @ torch.as_tensor(m.T).to(stack) for m in matrices)
+        # Without a network the local contrast between the slices is the best guess of the error.
+        return (
+            torch.cat([cubic, (cubic - nearest).abs()], dim=1) if getattr(network, "branches", 0) else cubic
+        )
+
+    @staticmethod
+    def _consistency_db(image: Tensor, stack: Tensor, acquire: Tensor) -> float:
+        again = image @ acquire.to(image).T
+        return psnr(again[0, 0], stack[0, 0], data_range=1.0)
+
+
+def projection_matrix(acquire: Tensor, *, damping: float = 1e-2) -> Tensor:
+    """Damped right inverse of an acquisition: the smallest change of the thin slices that explains thick ones.
+
+    Shape:
+        ``(thick, thin)`` to ``(thin, thick)``.
+
+    Example:
+        >>> acquire = torch.tensor([[0.5, 0.5]])
+        >>> projection_matrix(acquire, damping=0.0).ravel().tolist()
+        [1.0, 1.0]
+    """
+    exact = acquire.double()
+    gram = exact @ exact.T
+    scale = float(gram.diagonal().mean())
+    return (exact.T @ torch.linalg.inv(gram + damping * scale * torch.eye(len(gram)).double())).float()
+
+
+def consistent(image: Tensor, measured: Tensor, acquire: Tensor, *, share: float = 1.0) -> Tensor:
+    """Add back what the acquisition can explain of the difference between measured and re-acquired slices.
+
+    Shape:
+        ``(..., thin)`` and ``(..., thick)`` to ``(..., thin)``.
+
+    Example:
+        >>> consistent(torch.zeros(1, 4), torch.ones(1, 1), torch.full((1, 4), 0.25)).round(decimals=1).tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
+    """
+    acquire = acquire.to(image)
+    back = projection_matrix(acquire.cpu()).to(image)
+    difference = measured.float() - image @ acquire.T
+    return image + share * (difference @ back.T)
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 2) if np.isfinite(value) else None
