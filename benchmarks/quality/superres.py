@@ -1,0 +1,106 @@
+"""Quality of through-plane super-resolution, baselines beside it in the same run.
+
+    python -m benchmarks.quality.superres [--data FOLDER] [--quick] [-o results.json]
+
+Thick slices are simulated from isotropic volumes of subjects that training did not see; every method gets the same
+slices. Without ``--data`` the volumes of the list below are looked for in ``$MEDSR_DATA`` or ``../shared/data``, and
+where there is none, the MNI152 template inside nilearn stands in (a smoke test, no result).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+from pathlib import Path
+
+import torch
+from medsr import catalog
+from medsr.engines.comparison import ThroughPlaneComparison, table
+from medsr.engines.runner import load_weights
+from medsr.engines.self_training import SelfTraining
+from medsr.networks.slice_sr import SliceSRNet
+
+SUBJECTS = {
+    "glioma-t1c-3": "mri/brats2013/pat0003/T1c_subtrMeanDivStd.nii.gz",
+    "glioma-t1c-4": "mri/brats2013/pat0004/T1c_subtrMeanDivStd.nii.gz",
+    "glioma-t1c-5": "mri/brats2013/pat0005/T1c_subtrMeanDivStd.nii.gz",
+    "glioma-t1c-6": "mri/brats2013/pat0006/T1c_subtrMeanDivStd.nii.gz",
+    "glioma-t1ce-reg": "mri/bratsreg_002/t1ce.nii.gz",
+    "ms-flair-19": "mri/ms_flair_1mm/patient19/FLAIR_mni1mm_brain.nii.gz",
+    "head-t1": "mri/healthy_iso/chris_t1.nii.gz",
+    "oasis-t1-a": "mri/oasis_1mm/subjA_T1.nii.gz",
+    "oasis-t1-e": "mri/oasis_1mm/subjE_T1.nii.gz",
+    "oasis-t1-f": "mri/oasis_1mm/subjF_T1.nii.gz",
+}
+
+
+def main() -> None:
+    """Print one table per group of settings and write all rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    parser.add_argument("--subjects", nargs="*", default=list(SUBJECTS))
+    parser.add_argument("--ratios", nargs="*", type=float, default=[3.0, 4.0, 5.0])
+    parser.add_argument("--gaps", nargs="*", type=float, default=[0.0, 1.0])
+    parser.add_argument("--profile", default="slr")
+    parser.add_argument("--assumed-profile", default=None)
+    parser.add_argument(
+        "--plane-minutes", type=float, default=0.0, help="train the SMORE-like baseline so long"
+    )
+    parser.add_argument(
+        "--adapt-minutes", type=float, default=0.0, help="adapt the weights to each scan so long"
+    )
+    parser.add_argument("--consistency", type=float, default=1.0)
+    parser.add_argument("--weights", type=Path, default=None)
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/superres.json"))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("ignite").setLevel(logging.WARNING)
+
+    root = catalog.bundle_root("mri_rehrseg_superres")
+    settings = catalog.read_settings(root)
+    network = SliceSRNet(width=settings["width"], head="uncertainty")
+    network = network.to(memory_format=torch.channels_last_3d)
+    load_weights(arguments.weights or root / "models" / "model.pt", network)
+    cases = [{"case": n, "image": str(arguments.data / SUBJECTS[n])} for n in arguments.subjects]
+    cases = [case for case in cases if Path(case["image"]).is_file()] or _stand_in(arguments.output.parent)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    rows = ThroughPlaneComparison(
+        cases,
+        network,
+        {"consistency": arguments.consistency, "group": settings["group"], "tile": settings["tile"]},
+        ratios=arguments.ratios,
+        gaps=arguments.gaps,
+        profile=arguments.profile,
+        assumed_profile=arguments.assumed_profile,
+        plane_minutes=arguments.plane_minutes,
+        adapt=SelfTraining(arguments.adapt_minutes) if arguments.adapt_minutes else None,
+        output=arguments.output,
+    ).run()
+    print(table(rows))
+    for name in ("ssim", "edge_psnr_db", "data_consistency_db", "spearman", "ause", "coverage_2u", "seconds"):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            found = [row[name] for row in rows if row["method"] == method and name in row]
+            if found:
+                print(f"{name:20s} {method:12s} mean {sum(found) / len(found):8.3f}  worst {min(found):8.3f}")
+
+
+def _stand_in(folder: Path) -> list[dict[str, str]]:
+    import warnings
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from nilearn.datasets import load_mni152_template
+
+        load_mni152_template(resolution=1).to_filename(folder / "mni152.nii.gz")
+    print("no data folder: the MNI152 template stands in; a smoke test, no result")
+    return [{"case": "mni152", "image": str(folder / "mni152.nii.gz")}]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Speed and memory of the slice network and its parts, as ratios within one run.
+
+    python -m benchmarks.speed.slice_sr [--rounds 25] [--size 240 240 40] [--skip-volume]
+
+Contestants are interleaved in random order on one thread and measured in process CPU time; the figure is the median
+of paired ratios, with its 10 to 90 % range. A plain convolution is the probe: what the machine gives at this moment.
+The whole volume is timed once more in wall time on all threads, which is only an indication on a shared machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from medsr import catalog
+from medsr.geometry import slice_positions
+from medsr.inferers.precision import native_bfloat16
+from medsr.inferers.slice_group import SliceGroupInferer
+from medsr.networks.slice_sr import SliceSRNet
+from medsr.resampling import interpolation_matrix, resample_last_axis
+from torch import nn
+
+
+def main() -> None:
+    """Run all groups."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--size", type=int, nargs=3, default=[240, 240, 40])
+    parser.add_argument("--skip-volume", action="store_true")
+    arguments = parser.parse_args()
+    settings = catalog.read_settings(catalog.bundle_root("mri_rehrseg_superres"))
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}"
+    )
+    torch.set_num_threads(1)
+    interpolation(arguments.rounds)
+    layouts(arguments.rounds, settings)
+    if not arguments.skip_volume:
+        memory(arguments.size)
+        volume(arguments.size, settings)
+
+
+def interpolation(rounds: int) -> None:
+    """The matrix form of the cubic B-spline against SciPy."""
+    from scipy.ndimage import map_coordinates
+
+    stack = np.random.default_rng(0).random((48, 48, 40), dtype=np.float32)
+    positions = slice_positions(40, 160)
+    grid = np.meshgrid(np.arange(48.0), np.arange(48.0), positions, indexing="ij")
+
+    def matrix() -> np.ndarray:
+        return resample_last_axis(stack, interpolation_matrix(40, positions))
+
+    def scipy() -> np.ndarray:
+        return map_coordinates(stack, grid, order=3, mode="nearest")
+
+    difference = float(np.abs(matrix() - scipy())[:, :, 8:-8].max())
+    _report("cubic B-spline: scipy / matrix", _ratios({"a": scipy, "b": matrix}, rounds)[("a", "b")])
+    print(f"    largest difference {difference:.1e} of a range of 1")
+
+
+def layouts(rounds: int, settings: dict[str, object]) -> None:
+    """The shipped network on a window: naive form, our form, and the convolution probe."""
+    window = torch.rand(2, 1, 64, 64, 12)
+    naive = SliceSRNet(width=settings["width"], head="uncertainty").eval()
+    ours = SliceSRNet(width=settings["width"], head="uncertainty").eval()
+    ours.load_state_dict(naive.state_dict())
+    ours = ours.to(memory_format=torch.channels_last_3d)
+    probe = nn.Conv3d(16, 16, 3, padding=1).to(memory_format=torch.channels_last_3d)
+    block = torch.rand(2, 16, 12, 64, 64).to(memory_format=torch.channels_last_3d)
+
+    def one_by_one() -> torch.Tensor:
+        return torch.cat([naive(window[:1]), naive(window[1:])])
+
+    contestants = {"naive": one_by_one, "ours": lambda: ours(window), "probe": lambda: probe(block)}
+    with torch.inference_mode():
+        print(f"largest difference of the forms {float((one_by_one() - ours(window)).abs().max()):.1e}")
+        found = _ratios(contestants, rounds)
+    _report("window 2 x 64 x 64 x 12 -> 48: naive (fp32, NCDHW, batch 1) / ours", found[("naive", "ours")])
+    macs = _multiplications(ours, window)
+    _report(
+        f"ours / convolution probe ({macs / 1e9:.1f} against {_conv_macs(probe, block) / 1e9:.1f} GMAC)",
+        found[("ours", "probe")],
+    )
+
+
+def memory(size: list[int]) -> None:
+    """Peak memory of the inferer over its output, in a process of its own."""
+    code = (
+        "import resource, torch;"
+        "from medsr import catalog; from medsr.inferers.slice_group import SliceGroupInferer;"
+        "from medsr.networks.slice_sr import SliceSRNet;"
+        "s = catalog.read_settings(catalog.bundle_root('mri_rehrseg_superres'));"
+        "n = SliceSRNet(width=s['width'], head='uncertainty')"
+        ".to(memory_format=torch.channels_last_3d).eval();"
+        f"x = torch.rand(1, 1, {size[0]}, {size[1]}, {size[2]});"
+        "i = SliceGroupInferer(group=s['group'], tile=s['tile'], amp='float32');"
+        "i(x[..., :64, :64, :8], n, scale=4.0);"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "y = i(x, n, scale=4.0);"
+        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "print((after - before) * 1024 / (y.numel() * 4), y.numel() * 4 / 2**20)"
+    )
+    ratio, output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
+    print(f"peak memory of network and inferer / output ({float(output):.0f} MiB): {float(ratio):.2f}")
+
+
+def volume(size: list[int], settings: dict[str, object]) -> None:
+    """Wall time of a whole volume on all threads, with the time of twice the slices."""
+    torch.set_num_threads(2)
+    network = SliceSRNet(width=settings["width"], head="uncertainty")
+    network = network.to(memory_format=torch.channels_last_3d).eval()
+    inferer = SliceGroupInferer(group=settings["group"], tile=settings["tile"])
+    times = []
+    for depth in (size[2] // 2, size[2]):
+        stack = torch.rand(1, 1, size[0], size[1], depth)
+        since = time.monotonic()
+        inferer(stack, network, scale=4.0)
+        times.append(time.monotonic() - since)
+    what = f"{size[0]} x {size[1]} x {size[2]} to x {size[2] * 4}"
+    print(f"{what}, 2 threads: {times[1]:.1f} s of network and inferer wall time")
+    print(f"twice the slices take {times[1] / times[0]:.2f} times as long")
+
+
+def _ratios(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[tuple[str, str], np.ndarray]:
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for run in contestants.values():
+        run()
+    for _ in range(rounds):
+        for name in random.sample(list(contestants), len(contestants)):
+            since = time.process_time()
+            contestants[name]()
+            times[name].append(time.process_time() - since)
+    return {(a, b): np.array(times[a]) / np.array(times[b]) for a in times for b in times if a != b}
+
+
+def _report(name: str, ratios: np.ndarray) -> None:
+    low, middle, high = np.percentile(ratios, [10, 50, 90])
+    print(f"{name}: {middle:.2f} (10 to 90 %: {low:.2f} to {high:.2f}, {len(ratios)} pairs)")
+
+
+def _conv_macs(layer: nn.Module, inputs: torch.Tensor) -> float:
+    return _multiplications(layer, inputs)
+
+
+def _multiplications(network: nn.Module, inputs: torch.Tensor) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(inputs)
+    return counter.get_total_flops() / 2
+
+
+if __name__ == "__main__":
+    main()
