@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import random
 import socket
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Before numpy or torch start their thread pools: two workers with all cores each are slower than one.
@@ -61,3 +64,27 @@ def seeds() -> None:
     np.random.seed(0)  # noqa: NPY002 - MONAI and others draw from the global state
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden/*.json anew; review the difference"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """Give what ``tests/golden/<name>.json`` remembers; with ``--update-golden``, remember what was found."""
+
+    def remembered(name: str, found: dict[str, Any]) -> dict[str, Any]:
+        path = GOLDEN / f"{name}.json"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+        assert path.is_file(), f"{path.name} is missing: run pytest --update-golden"
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    return remembered

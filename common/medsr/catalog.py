@@ -245,9 +245,10 @@ def weights_digest(root: str | Path, file: str = "models/model.pt") -> str:
 
 
 def verify_weights(root: str | Path, file: str = "models/model.pt") -> Path:
-    """Return the path of a bundle's weights if they are the ones listed in ``models/SHA256SUMS``.
+    """Return the path of a bundle's weights if they are the ones listed in ``SHA256SUMS``.
 
-    A truncated download or a file of another training must not give a plausible image.
+    A truncated download or a file of another training must not give a plausible image. The list lies beside the
+    file, or in ``models/`` for the files below it.
 
     Args:
         root: the bundle's folder.
@@ -258,14 +259,17 @@ def verify_weights(root: str | Path, file: str = "models/model.pt") -> Path:
     """
     root = Path(root)
     found = weights_digest(root, file)
-    name = Path(file).relative_to("models").as_posix() if Path(file).parts[:1] == ("models",) else file
-    expected = _listed_digests(root).get(name)
+    folder = (root / file).parent
+    if not (folder / "SHA256SUMS").exists() and Path(file).parts[:1] == ("models",):
+        folder = root / "models"
+    name = (root / file).relative_to(folder).as_posix()
+    expected = _listed_digests(folder, root.name).get(name)
     if expected is None:
-        raise WeightsError(f"{root.name}: models/SHA256SUMS has no line for {name}; add it: {found}  {name}")
+        raise WeightsError(f"{root.name}: SHA256SUMS has no line for {name}; add it: {found}  {name}")
     if expected != found:
         raise WeightsError(
             f"{root.name}: {file} is not the listed file (SHA-256 {found[:12]}, expected {expected[:12]}); "
-            "restore it, or update models/SHA256SUMS if you trained it"
+            "restore it, or update SHA256SUMS if you trained it"
         )
     return root / file
 
@@ -442,13 +446,12 @@ def _as_list(files: object) -> list[str]:
     return [] if files is None else [str(files)]
 
 
-def _listed_digests(root: Path) -> dict[str, str]:
-    path = root / "models" / "SHA256SUMS"
+def _listed_digests(folder: Path, name: str) -> dict[str, str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     except OSError:
         raise WeightsError(
-            f"{root.name}: models/SHA256SUMS is missing; make it with: sha256sum model.pt > SHA256SUMS"
+            f"{name}: SHA256SUMS is missing beside the weights; make it with: sha256sum model.pt > SHA256SUMS"
         ) from None
     pairs = (line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith("#"))
     return {pair[1].strip().removeprefix("*"): pair[0].lower() for pair in pairs if len(pair) == 2}

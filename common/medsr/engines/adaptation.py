@@ -58,14 +58,16 @@ class AdaptingInferer(VolumeInferer):
         fine = rescaled_affine(affine, 2, size=inputs.shape[-1], new_size=estimate.shape[-1], ratio=ratio)
         image = MetaTensor(estimate[0, :1].cpu(), affine=torch.as_tensor(fine), meta={"sharp_axes": (0, 1)})
         _log.info("adapting to the scan (spacing %s mm)", spacing_of(affine).round(3).tolist())
-        adapted = self.training(
-            network,
-            image,
-            ratio=ratio,
-            thickness=thickness,
-            profile=self.slice_profile,
-            device=inputs.device,
-        )
+        # An evaluator runs its inferer without gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            adapted = self.training(
+                network,
+                image,
+                ratio=ratio,
+                thickness=thickness,
+                profile=self.slice_profile,
+                device=inputs.device,
+            )
         self._count += 1
         if self.weights_dir is not None:
             self.weights_dir.mkdir(parents=True, exist_ok=True)

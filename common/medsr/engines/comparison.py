@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medsr import metrics
 from medsr.engines.case_evaluator import one_line
 from medsr.engines.self_training import SelfTraining
-from medsr.geometry import rescaled_affine
+from medsr.geometry import rescaled_affine, spacing_of
 from medsr.inferers.planes import PlaneAverageInferer
 from medsr.inferers.volume import VolumeInferer
 from medsr.io.cases import read_case
@@ -26,6 +26,7 @@ from medsr.networks.wdsr import PlaneSRNet
 from medsr.resampling import interpolation_matrix
 from medsr.transforms.intensity import PercentileToUnitd
 from medsr.transforms.orientation import permute_spatial
+from medsr.transforms.slice_profile import as_profile
 from medsr.transforms.thick_slices import ThickSliceParameters, thick_slice_affine
 from medsr.transforms.through_plane import ResampleThroughPlaned
 
@@ -79,8 +80,8 @@ class ThroughPlaneComparison:
         device: torch.device | str = "cpu",
     ) -> None:
         self.cases, self.network, self.inferer = list(cases), network, dict(inferer or {})
-        self.ratios, self.gaps, self.profile = list(ratios), list(gaps), profile
-        self.assumed_profile = assumed_profile or profile
+        self.ratios, self.gaps, self.profile = list(ratios), list(gaps), as_profile(profile)
+        self.assumed_profile = as_profile(assumed_profile or profile)
         self.plane_minutes, self.adapt, self.axis = float(plane_minutes), adapt, axis
         self.output, self.device = output, torch.device(device)
         self.rows: list[dict[str, Any]] = []
@@ -125,7 +126,7 @@ class ThroughPlaneComparison:
         size = true.thick_size(volume.shape[-1])
         fine_size = round(size * ratio)
         start = (volume.shape[-1] - fine_size) // 2
-        affine = np.array(volume.affine, dtype=np.float64)
+        affine = np.asarray(volume.affine, dtype=np.float64).copy()
         affine[:3, 3] += affine[:3, 2] * start
         reference = MetaTensor(
             volume.as_tensor()[..., start : start + fine_size], affine=torch.as_tensor(affine)
@@ -145,7 +146,7 @@ class ThroughPlaneComparison:
             found, affine_found = run(thick, told)
             seconds = time.monotonic() - since
             values = on_reference_grid(
-                np.asarray(found), affine_found, np.asarray(reference.affine), fine_size
+                np.asarray(found), affine_found, reference_affine=np.asarray(reference.affine), size=fine_size
             )
             image = values[0].clip(0, 1)
             goal = truth.clip(0, 1)
@@ -202,7 +203,7 @@ class ThroughPlaneComparison:
             MetaTensor(thick.as_tensor(), meta={"sharp_axes": (0, 1)}),
             ratio=assumed.ratio,
             thickness=assumed.thickness,
-            profile=str(assumed.profile),
+            profile=assumed.profile,
             device=self.device,
         )
         found = PlaneAverageInferer()(thick.as_tensor()[None].to(self.device), network)[0]
@@ -215,7 +216,7 @@ class ThroughPlaneComparison:
         inferer = VolumeInferer(
             float(spacing[2]) / assumed.ratio,
             float(spacing[2]) * assumed.thickness,
-            str(assumed.profile),
+            assumed.profile,
             **self.inferer,
         )
         batch = MetaTensor(thick.as_tensor()[None].to(self.device), affine=thick.affine)
@@ -234,7 +235,7 @@ class ThroughPlaneComparison:
             image,
             ratio=assumed.ratio,
             thickness=assumed.thickness,
-            profile=str(assumed.profile),
+            profile=assumed.profile,
             device=self.device,
         )
         return self._network(thick, assumed, network)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medsr.errors import SettingError
 from medsr.transforms.slice_profile import acquisition_matrix, fwhm_in_voxels
-from medsr.transforms.thick_slices import RandSimulateThickSlices, ThickSliceParameters
+from medsr.transforms.thick_slices import MIN_RATIO, RandSimulateThickSlices, ThickSliceParameters
 
 __all__ = ["PrepareThickSlices"]
 
@@ -58,10 +58,12 @@ class PrepareThickSlices:
         min_slices: int = 4,
         noise: float = 0.02,
         gamma: tuple[float, float] = (0.8, 1.25),
-        profiles: Mapping[str, float] | None = None,
+        profiles: Mapping[str | tuple[float, ...], float] | None = None,
         label_classes: int = 0,
         seed: int = 0,
     ) -> None:
+        if min(ratio) < MIN_RATIO:
+            raise SettingError(f"the ratio of slice spacings must be >= {MIN_RATIO}, got {min(ratio):g}")
         self.ratio, self.noise, self.gamma = (float(ratio[0]), float(ratio[1])), float(noise), tuple(gamma)
         self.max_slices, self.min_slices = int(max_slices), int(min_slices)
         self.label_classes = int(label_classes)
@@ -94,7 +96,7 @@ class PrepareThickSlices:
         start = (length - count) // 2
         target = sharp[..., start : start + count]
         phase = start + (count - 1) / 2 - (length - 1) / 2
-        parameters = ThickSliceParameters(max(ratio, 1.2), drawn.thickness, drawn.profile, phase)
+        parameters = ThickSliceParameters(max(ratio, MIN_RATIO), drawn.thickness, drawn.profile, phase)
         inputs = sharp @ self._matrix(parameters, length, slices).to(sharp).T
         if self.label_classes:
             area = acquisition_matrix(length, slices, ratio=ratio, fwhm=ratio, profile="box", phase=phase)

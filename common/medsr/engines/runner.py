@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -43,8 +46,45 @@ def one_line_errors(function: _Function) -> _Function:
 
 @one_line_errors
 def check_settings() -> None:
-    """Refuse a misspelt setting on the command line, which MONAI would accept in silence."""
+    """Refuse a misspelt setting on the command line, which MONAI would accept in silence.
+
+    The first step of every ``run``: from here on a program that was started from the command line reports any
+    error of this project in one line, and a SIGTERM, as a job scheduler sends it, cleans up like Ctrl-C.
+    """
+    _behave_as_program()
     catalog.check_overrides()
+
+
+def _behave_as_program() -> None:
+    by_monai = bool(catalog.overrides_in(sys.argv)[0])
+    if by_monai:
+        sys.excepthook = _in_one_line
+    if (
+        by_monai or Path(sys.argv[0]).stem == "medsr"
+    ) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+
+
+def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """MONAI wraps the error of a component into others, one per level of the config."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("medsr: interrupted\n")
+        raise SystemExit(128 + signal.SIGINT)
+    found: MedsrError | None = None
+    current: BaseException | None = error
+    while current is not None:
+        found = current if isinstance(current, MedsrError) else found
+        current = current.__cause__ or current.__context__
+    if found is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+    sys.stderr.write(f"medsr: error: {' '.join(str(found).split())}\n")
+    raise SystemExit(found.exit_code)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # As an exception, so that unfinished files are removed on the way out.
+    raise SystemExit(128 + number)
 
 
 @one_line_errors
@@ -105,8 +145,12 @@ def check_weights(path: str | Path, network: nn.Module) -> None:
     file = Path(path)
     if not file.is_file():
         raise WeightsError(f"{file.name}: no such weight file; set --weights or reinstall the bundle")
-    if (file.parent / "SHA256SUMS").exists() and file.parent.name == "models":
+    if file.parent.name == "models":
         catalog.verify_weights(file.parent.parent, f"models/{file.name}")
+    elif (file.parent / "SHA256SUMS").exists() and file.name in (
+        file.parent / "SHA256SUMS"
+    ).read_text().split():
+        catalog.verify_weights(file.parent, file.name)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -114,7 +158,11 @@ def check_weights(path: str | Path, network: nn.Module) -> None:
             f"{file.name}: damaged or not a plain state dict ({type(error).__name__})"
         ) from None
     wanted = network.state_dict()
-    if not isinstance(state, dict) or set(state) != set(wanted):
+    if (
+        not isinstance(state, dict)
+        or set(state) != set(wanted)
+        or not all(map(torch.is_tensor, state.values()))
+    ):
         raise WeightsError(f"{file.name}: made for another network; check --width and --weights")
     wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
     if wrong:

@@ -17,6 +17,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from medsr.engines.prepare_batch import PrepareThickSlices
+from medsr.errors import SettingError
 from medsr.handlers.training import BudgetSchedule, GradientGuard
 from medsr.losses.uncertainty import UncertaintyAwareLoss
 from medsr.metrics.volume import head_mask
@@ -88,6 +89,8 @@ class SelfTraining:
         average_momentum: float = 0.01,
         seed: int = 0,
     ) -> None:
+        if minutes is not None and minutes <= 0:
+            raise SettingError(f"the budget must be > 0 minutes, got {minutes:g}")
         self.minutes, self.iterations, self.learning_rate = minutes, int(iterations), float(learning_rate)
         self.batch_size, self.block_size, self.planes = int(batch_size), tuple(block_size), planes
         self.noise, self.average_momentum, self.seed = float(noise), float(average_momentum), int(seed)
@@ -100,7 +103,7 @@ class SelfTraining:
         *,
         ratio: float,
         thickness: float,
-        profile: str = "slr",
+        profile: str | tuple[float, ...] = "slr",
         device: torch.device | str = "cpu",
     ) -> nn.Module:
         """Train a copy of the network.
@@ -119,9 +122,11 @@ class SelfTraining:
         network = copy.deepcopy(network).to(device).train()
         length = math.ceil(max(64, 8 * ratio))
         sharp = [axis for axis in image.meta.get("sharp_axes", (0, 1)) if axis < 2 or not self.planes]
-        image.meta["sharp_axes"] = tuple(sharp)
+        image = MetaTensor(image.as_tensor(), meta={"sharp_axes": tuple(sharp)})
         item = {"image": image, "foreground": torch.as_tensor(head_mask(image[0]))}
         cut = RandSharpAxisLastd("image", (*self.block_size, length), shuffle=not self.planes)
+        # The loader seeds the transforms that it knows, and this one hides behind another.
+        cut.set_random_state(self.seed)
         data = Dataset([item] * (self.batch_size * self.iterations), _Cut(cut))
         optimizer = torch.optim.Adam(network.parameters(), self.learning_rate, betas=(0.9, 0.99))
         prepare = (PrepareThickPlanes if self.planes else PrepareThickSlices)(

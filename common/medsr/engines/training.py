@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -11,15 +12,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from medsr.errors import DataError
+from medsr.engines.runner import one_line_errors
+from medsr.errors import DataError, WeightsError
 from medsr.io.cases import find_cases
 from medsr.io.dicom import is_dicom_series
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "distributed",
     "end_process_group",
     "rank",
     "seed_everything",
+    "start_from",
     "start_process_group",
     "training_items",
 ]
@@ -68,9 +73,49 @@ def training_items(
         found.update(dict.fromkeys((str(p.absolute()) for p in matches), float(weight)))
         if not matches:
             unmatched.append(pattern)
-    if not found or (unmatched and not any("*" in p for p in unmatched)):
-        raise DataError(f"{root.name}: no volume matches '{unmatched[0]}'")
+    misspelt = [pattern for pattern in unmatched if "*" not in pattern]
+    if misspelt or not found:
+        raise DataError(f"{root.name}: no volume matches '{(misspelt or unmatched)[0]}'")
     return [{"image": path, "weight": weight} for path, weight in found.items()]
+
+
+@one_line_errors
+def start_from(path: str | Path | None, network: nn.Module) -> nn.Module:
+    """Load the initial weights, if any, before the average of the weights or other processes copy the network.
+
+    Tensors of another head may be absent. A handler would load them when training starts: too late for the average,
+    which would begin at random weights.
+
+    Args:
+        path: plain state dict; None leaves the network as it is.
+        network: gets the weights, and is returned.
+
+    Raises:
+        WeightsError: if the file cannot be read safely or does not fit.
+
+    Example:
+        >>> start_from(None, nn.Linear(2, 1)).in_features
+        2
+    """
+    if not path:
+        return network
+    name = Path(path).name
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{name}: cannot be read ({error.strerror})") from None
+    except Exception as error:
+        raise WeightsError(f"{name}: damaged or not plain weights ({type(error).__name__})") from None
+    own = network.state_dict()
+    unknown = [key for key in state if key not in own]
+    if unknown:
+        raise WeightsError(f"{name}: unknown tensor '{unknown[0]}'; made for another network")
+    wrong = [key for key in state if state[key].shape != own[key].shape]
+    if wrong:
+        raise WeightsError(f"{name}: '{wrong[0]}' has another shape than in this network; check --width")
+    network.load_state_dict(state, strict=False)
+    _log.info("%s: %d tensors keep their initial values", name, len(own) - len(state))
+    return network
 
 
 def rank() -> int:

@@ -73,11 +73,12 @@ class CaseOutput:
         try:
             for key, suffix in self.suffixes.items():
                 if key in item:
-                    done.append(self._volume(item[key], self.output_dir / f"{case}_{suffix}.nii.gz"))
+                    # Listed first: a signal may arrive between the last byte and the next statement.
+                    done.append(self.output_dir / f"{case}_{suffix}.nii.gz")
+                    self._volume(item[key], done[-1])
             if self.figure:
-                path = self.output_dir / f"{case}_qc.png"
-                write_figure(path, self._draw(item, facts))
-                done.append(path)
+                done.append(self.output_dir / f"{case}_qc.png")
+                write_figure(done[-1], self._draw(item, facts))
         except BaseException:
             for path in done:
                 with contextlib.suppress(OSError):
@@ -90,12 +91,11 @@ class CaseOutput:
         return getattr(getattr(engine, "inferer", None), "facts", {})
 
     @staticmethod
-    def _volume(image: Any, path: Path) -> Path:
+    def _volume(image: Any, path: Path) -> None:
         array = np.asarray(image.as_tensor().cpu().float())
         array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
         codes = {name: max(1, int(image.meta.get(name, 1))) for name in ("sform_code", "qform_code")}
         write_nifti(path, array, affine=np.asarray(image.affine, dtype=np.float64), **codes)
-        return path
 
     def _draw(self, item: Mapping[str, Any], facts: Mapping[str, Any]) -> Any:
         pred = item["pred"]
@@ -159,7 +159,9 @@ class RunReport:
         weights: str | Path | None = None,
         output: CaseOutput | None = None,
     ) -> None:
-        self.output_dir, self.settings, self.output = Path(output_dir), dict(settings or {}), output
+        self.output_dir, self.output = Path(output_dir), output
+        # A file may be named, its folder not.
+        self.settings = {k: Path(v).name if isinstance(v, str) else v for k, v in (settings or {}).items()}
         self.hashes = {Path(p).name: _sha256(p) for p in [*config_files, *([weights] if weights else [])]}
         self.cases: dict[str, dict[str, Any]] = {}
         self._since = time.monotonic()

@@ -21,10 +21,10 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 
 import medsr
-from medsr.errors import MedsrError, OutputError, WeightsError
+from medsr.errors import MedsrError, OutputError
 from medsr.io.writing import atomic_path, write_json
 
-__all__ = ["BudgetSchedule", "GradientGuard", "InitialWeights", "RunRecord", "WeightSaver", "save_weights"]
+__all__ = ["BudgetSchedule", "GradientGuard", "RunRecord", "WeightSaver", "save_weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -136,48 +136,6 @@ class BudgetSchedule:
             engine.terminate()
 
 
-class InitialWeights:
-    """Loads weights into a network when training starts; tensors of another head may be absent.
-
-    Args:
-        path: plain state dict; None does nothing.
-        network: gets the weights.
-        strict: demand that every tensor of the network is in the file.
-
-    Raises:
-        WeightsError: if the file cannot be read safely or does not fit.
-
-    Example:
-        >>> InitialWeights(None, nn.Linear(1, 1)).path is None
-        True
-    """
-
-    def __init__(self, path: str | Path | None, network: nn.Module, strict: bool = False) -> None:
-        self.path, self.network, self.strict = path, network, strict
-
-    def attach(self, engine: Engine) -> None:
-        """Register on the start of the engine."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine: Engine | None = None) -> None:
-        """Load now."""
-        if not self.path:
-            return
-        name = Path(self.path).name
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            result = self.network.load_state_dict(state, strict=self.strict)
-        except OSError as error:
-            raise WeightsError(f"{name}: cannot be read ({error.strerror})") from None
-        except Exception as error:
-            raise WeightsError(f"{name}: does not fit this network ({str(error).splitlines()[0]})") from None
-        if result.unexpected_keys:
-            raise WeightsError(
-                f"{name}: unknown tensor '{result.unexpected_keys[0]}'; made for another network"
-            )
-        _log.info("%s: %d tensors keep their initial values", name, len(result.missing_keys))
-
-
 class WeightSaver:
     """Writes plain weights now and then, at the end, and when training is stopped: whole or not at all.
 
@@ -281,7 +239,9 @@ class RunRecord:
         self._start = time.monotonic()
 
     def _collect(self, engine: Engine) -> None:
-        terms = getattr(self.loss, "last_terms", None) or {"loss": float(engine.state.output["loss"])}
+        # MONAI's trainers take the output of a batch apart.
+        output = engine.state.output[0] if isinstance(engine.state.output, list) else engine.state.output
+        terms = getattr(self.loss, "last_terms", None) or {"loss": float(output["loss"])}
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
         self._count += 1
@@ -303,7 +263,9 @@ def save_weights(
         for key, value in state.items()
     }
     with _as_output_error(path), atomic_path(path) as unfinished:
-        torch.save(plain, unfinished)
+        # Given a path, PyTorch writes the temporary name into the archive: equal weights, unequal digests.
+        with unfinished.open("wb") as file:
+            torch.save(plain, file)
         again = torch.load(unfinished, map_location="cpu", weights_only=True)
         if any(not torch.equal(again[key], plain[key]) for key in plain):
             raise OutputError(f"{path.name}: the weights do not read back equal; check the disk")

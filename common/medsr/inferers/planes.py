@@ -41,7 +41,9 @@ class PlaneAverageInferer(Inferer):
         with torch.inference_mode():
             first = self._run(volume[0, 0].transpose(0, 1), network).transpose(0, 1)
             second = self._run(volume[0, 0], network)
-            return ((first + second) / 2)[None, None].clone()
+            average = ((first + second) / 2)[None, None]
+        # A tensor made in inference mode could not be changed afterwards.
+        return average.clone()
 
     def _run(self, stack: Tensor, network: Callable[..., Tensor]) -> Tensor:
         parts = [network(part.unsqueeze(1))[:, 0] for part in stack.split(self.planes)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from medsr.geometry import rescaled_size, slice_positions, spacing_of
 from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.metrics.volume import psnr
 from medsr.resampling import interpolation_matrix
-from medsr.transforms.slice_profile import PROFILES, acquisition_matrix, fwhm_in_voxels, read_taps
+from medsr.transforms.slice_profile import acquisition_matrix, as_profile, fwhm_in_voxels
 
 __all__ = ["MIN_SLICES", "VolumeInferer", "consistent", "projection_matrix"]
 
@@ -34,7 +35,7 @@ class VolumeInferer(SliceGroupInferer):
     Args:
         spacing_mm: slice spacing of the result; default the in-plane spacing.
         slice_thickness_mm: overrides what the file says.
-        slice_profile: ``slr``, ``gaussian``, ``box``, ``slr-legacy`` or a file of taps.
+        slice_profile: ``slr``, ``gaussian``, ``box``, ``slr-legacy``, a file of taps, or the taps.
         consistency: share of the explainable difference that is added back; 0 leaves the network's result.
         **settings: of :class:`~medsr.inferers.slice_group.SliceGroupInferer`.
 
@@ -54,7 +55,7 @@ class VolumeInferer(SliceGroupInferer):
         self,
         spacing_mm: float | None = None,
         slice_thickness_mm: float | None = None,
-        slice_profile: str = "slr",
+        slice_profile: str | Sequence[float] = "slr",
         *,
         consistency: float = 1.0,
         **settings: Any,
@@ -66,8 +67,8 @@ class VolumeInferer(SliceGroupInferer):
         if not 0 <= consistency <= 1:
             raise SettingError(f"consistency must lie in [0, 1], got {consistency}")
         self.spacing_mm, self.slice_thickness_mm = spacing_mm, slice_thickness_mm
-        self.slice_profile, self.consistency = slice_profile, float(consistency)
-        self.taps = None if slice_profile in PROFILES else read_taps(slice_profile)
+        self.slice_profile, self.consistency = as_profile(slice_profile), float(consistency)
+        self.profile_name = Path(slice_profile).name if isinstance(slice_profile, str) else "taps"
         self.facts: dict[str, Any] = {}
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -81,7 +82,7 @@ class VolumeInferer(SliceGroupInferer):
         facts: dict[str, Any] = {
             "ratio": ratio,
             "slice_thickness_per_spacing": round(thickness, 4),
-            "slice_profile": self.slice_profile,
+            "slice_profile": self.profile_name,
             "method": "network",
         }
         images, extras = [], []
@@ -110,8 +111,7 @@ class VolumeInferer(SliceGroupInferer):
     def acquisition(self, size: int, thick_size: int, ratio: float, thickness: float) -> Tensor:
         """Matrix ``(thick slices, thin slices)`` by which the result, re-acquired, should give the input."""
         fwhm = fwhm_in_voxels(ratio * thickness, 1.0)
-        profile = self.slice_profile if self.taps is None else self.taps
-        matrix = acquisition_matrix(size, thick_size, ratio=ratio, fwhm=fwhm, profile=profile)
+        matrix = acquisition_matrix(size, thick_size, ratio=ratio, fwhm=fwhm, profile=self.slice_profile)
         return torch.as_tensor(matrix, dtype=torch.float32)
 
     def _acquisition(self, inputs: Tensor) -> tuple[float, float, list[str]]:

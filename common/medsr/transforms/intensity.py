@@ -10,6 +10,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from monai.utils import ensure_tuple
 
 from medsr.errors import DataError
 from medsr.metrics.volume import head_mask, percentile_range
@@ -78,12 +79,12 @@ class RestoreIntensityd(MapTransform):
         self,
         keys: KeysCollection,
         source_key: str = "image",
-        magnitude_keys: Sequence[str] = (),
+        magnitude_keys: str | Sequence[str] = (),
         *,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.source_key, self.magnitude_keys = source_key, tuple(magnitude_keys)
+        self.source_key, self.magnitude_keys = source_key, ensure_tuple(magnitude_keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Restore every key."""

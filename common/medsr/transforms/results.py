@@ -6,14 +6,17 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from monai.utils import convert_to_tensor
 
 __all__ = ["SplitUncertaintyd"]
 
 
 class SplitUncertaintyd(MapTransform):
     """Move the second half of the channels of a result to ``uncertainty``, if the network has such a head.
+
+    Both become ``MetaTensor``: ``monai.transforms.Invertd`` leaves out plain tensors with no more than a warning, and
+    the axes of a sagittal result would stay exchanged.
 
     Args:
         keys: the result.
@@ -38,10 +41,10 @@ class SplitUncertaintyd(MapTransform):
         result = dict(data)
         count = len(result[self.source_key])
         for key in self.key_iterator(result):
-            values = result[key]
+            values = convert_to_tensor(result[key], track_meta=True)
+            result[key] = values
             if len(values) > count:
                 result["uncertainty"] = values[count : 2 * count]
                 result[key] = values[:count]
-            if isinstance(values, MetaTensor):
-                result[key].meta = dict(values.meta)
+            result[key].meta = dict(values.meta)
         return result

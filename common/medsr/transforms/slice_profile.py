@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from medsr.errors import DataError, SettingError
 from medsr.resampling import keys_matrix
 
-__all__ = ["PROFILES", "acquisition_matrix", "fwhm_in_voxels", "read_taps"]
+__all__ = ["PROFILES", "acquisition_matrix", "as_profile", "fwhm_in_voxels", "read_taps"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -68,7 +68,7 @@ def acquisition_matrix(
         ``(new_size, size)``; every row sums to 1.
 
     Raises:
-        SettingError: for an unknown profile or a width that is not positive.
+        SettingError: for an unknown profile, unusable taps or a width that is not positive.
 
     Example:
         >>> acquisition_matrix(8, 2, ratio=4, fwhm=4, profile="box")[0].round(2).tolist()
@@ -80,7 +80,12 @@ def acquisition_matrix(
     if isinstance(profile, str) and profile not in PROFILES:
         raise SettingError(f"slice profile must be one of {', '.join(PROFILES)} or taps, got '{profile}'")
     if not isinstance(profile, str):
-        return _sampled(size, centres, np.asarray(profile, dtype=np.float64))
+        taps = np.asarray(profile, dtype=np.float64)
+        if taps.ndim != 1 or taps.size % 2 == 0 or not taps.sum() > 0:
+            raise SettingError(
+                f"taps must be an odd number of values with a positive sum, got {taps.tolist()}"
+            )
+        return _sampled(size, centres, taps)
     if profile == "slr-legacy":
         reach = round(fwhm)
         offsets = np.arange(-reach, reach + 1) / fwhm
@@ -94,6 +99,28 @@ def acquisition_matrix(
     return np.asarray(weights / totals)
 
 
+def as_profile(value: str | Sequence[float]) -> str | tuple[float, ...]:
+    """The name of a profile, or the taps that are given or lie in the named file.
+
+    Raises:
+        SettingError: if the text is neither a profile nor a file.
+        DataError: if the file holds no profile.
+
+    Example:
+        >>> as_profile("box"), as_profile([1, 2, 1])
+        ('box', (1.0, 2.0, 1.0))
+    """
+    if not isinstance(value, str):
+        return tuple(float(tap) for tap in value)
+    if value in PROFILES:
+        return value
+    if not Path(value).suffix and not Path(value).is_file():
+        raise SettingError(
+            f"slice profile must be one of {', '.join(PROFILES)} or a file of taps, got '{value}'"
+        )
+    return tuple(float(tap) for tap in read_taps(value))
+
+
 def read_taps(path: str | Path) -> FloatArray:
     """Read a measured profile: a text file of an odd number of taps, one thin slice apart, in any scale.
 
@@ -104,7 +131,9 @@ def read_taps(path: str | Path) -> FloatArray:
     try:
         taps = np.atleast_1d(np.loadtxt(file, dtype=np.float64)).ravel()
     except (OSError, ValueError) as error:
-        raise DataError(f"{file.name}: not a readable list of profile taps ({error})") from None
+        # NumPy names a missing file with its whole path.
+        reason = str(error).replace(str(file), file.name)
+        raise DataError(f"{file.name}: not a readable list of profile taps ({reason})") from None
     if taps.size % 2 == 0 or not np.isfinite(taps).all() or taps.sum() <= 0:
         raise DataError(
             f"{file.name}: a profile needs an odd number of finite taps with a positive sum, got {taps.size}"
@@ -124,6 +153,9 @@ def _sampled(size: int, centres: FloatArray, taps: FloatArray) -> FloatArray:
 
 @lru_cache(maxsize=8)
 def _cumulative(profile: str) -> FloatArray:
+    if profile == "box":
+        # Tabulating a jump would smear it over a step of the grid.
+        return np.clip(_GRID + 0.5, 0.0, 1.0)
     values = _profile(profile)
     step = _GRID[1] - _GRID[0]
     total = np.concatenate([[0.0], np.cumsum((values[1:] + values[:-1]) / 2 * step)])
@@ -133,7 +165,6 @@ def _cumulative(profile: str) -> FloatArray:
 @lru_cache(maxsize=8)
 def _profile(profile: str) -> FloatArray:
     shapes: dict[str, Callable[[FloatArray], FloatArray]] = {
-        "box": lambda x: (np.abs(x) <= 0.5).astype(np.float64),
         "gaussian": lambda x: np.exp(-4 * np.log(2) * x**2),
         "slr": _slr,
     }

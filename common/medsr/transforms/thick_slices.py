@@ -16,11 +16,12 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
+from monai.utils import ensure_tuple
 from torch import Tensor
 
 from medsr.errors import SettingError
 from medsr.geometry import rescaled_affine, spacing_of
-from medsr.transforms.slice_profile import PROFILES, acquisition_matrix, fwhm_in_voxels
+from medsr.transforms.slice_profile import PROFILES, acquisition_matrix, as_profile, fwhm_in_voxels
 
 __all__ = [
     "RandSimulateThickSlices",
@@ -129,7 +130,7 @@ class SimulateThickSlices(Transform):
     ) -> None:
         self.slice_spacing_mm = float(slice_spacing_mm)
         self.slice_thickness_mm = float(slice_thickness_mm or slice_spacing_mm)
-        self.profile = profile if isinstance(profile, str) else tuple(profile)
+        self.profile = as_profile(profile)
         self.axis = axis
         self.is_label = is_label
 
@@ -155,7 +156,7 @@ class RandSimulateThickSlices(RandomizableTransform):
     Args:
         ratio: range of thick spacing divided by thin spacing.
         thickness: range of thickness divided by thick spacing.
-        profiles: profiles and their probabilities; default mostly ``slr``.
+        profiles: profiles, by name or as taps, and their probabilities; default mostly ``slr``.
         phase: largest shift of the slices, in thick slices.
         axis: spatial axis of the slices.
 
@@ -172,7 +173,7 @@ class RandSimulateThickSlices(RandomizableTransform):
         self,
         ratio: tuple[float, float] = (2.0, 6.0),
         thickness: tuple[float, float] = (0.6, 1.1),
-        profiles: Mapping[str, float] | None = None,
+        profiles: Mapping[str | tuple[float, ...], float] | None = None,
         *,
         phase: float = 0.0,
         axis: int = 2,
@@ -180,7 +181,7 @@ class RandSimulateThickSlices(RandomizableTransform):
         super().__init__(prob=1.0)
         self.ratio, self.thickness, self.phase, self.axis = tuple(ratio), tuple(thickness), float(phase), axis
         self.profiles = dict(profiles or {"slr": 0.6, "gaussian": 0.1, "box": 0.15, "slr-legacy": 0.15})
-        unknown = sorted(set(self.profiles) - set(PROFILES))
+        unknown = [name for name in self.profiles if isinstance(name, str) and name not in PROFILES]
         if unknown:
             raise SettingError(f"slice profile must be one of {', '.join(PROFILES)}, got '{unknown[0]}'")
 
@@ -191,7 +192,7 @@ class RandSimulateThickSlices(RandomizableTransform):
         return ThickSliceParameters(
             ratio=ratio,
             thickness=float(self.R.uniform(*self.thickness)),
-            profile=str(self.R.choice(list(self.profiles), p=weights / weights.sum())),
+            profile=list(self.profiles)[self.R.choice(len(weights), p=weights / weights.sum())],
             phase=float(self.R.uniform(-self.phase, self.phase)) * ratio,
         )
 
@@ -217,11 +218,11 @@ class SimulateThickSlicesd(MapTransform):
         profile: str | Sequence[float] = "slr",
         *,
         axis: int = 2,
-        label_keys: Sequence[str] = (),
+        label_keys: str | Sequence[str] = (),
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.label_keys = tuple(label_keys)
+        self.label_keys = ensure_tuple(label_keys)
         settings = (slice_spacing_mm, slice_thickness_mm, profile)
         self.image_transform = SimulateThickSlices(*settings, axis=axis)
         self.label_transform = SimulateThickSlices(*settings, axis=axis, is_label=True)
@@ -248,12 +249,12 @@ class RandSimulateThickSlicesd(MapTransform, Randomizable):
         self,
         keys: KeysCollection,
         *,
-        label_keys: Sequence[str] = (),
+        label_keys: str | Sequence[str] = (),
         allow_missing_keys: bool = False,
         **settings: Any,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
-        self.label_keys = tuple(label_keys)
+        self.label_keys = ensure_tuple(label_keys)
         self.draw = RandSimulateThickSlices(**settings)
 
     def set_random_state(

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from medsr.engines.adaptation import AdaptingInferer
+from medsr.engines.self_training import SelfTraining
+from medsr.inferers.volume import VolumeInferer
+from medsr.networks.slice_sr import SliceSRNet
+from medsr.phantoms import head
+from monai.data import MetaTensor
+
+SETTINGS = {"amp": "float32", "tile": None, "slice_profile": "box"}
+
+
+@pytest.fixture(scope="module")
+def scan() -> MetaTensor:
+    volume = torch.as_tensor(head(20)[0])[None, None] / 1000
+    affine = torch.diag(torch.tensor([1.0, 1.0, 4.0, 1.0], dtype=torch.float64))[None]
+    return MetaTensor(volume.unflatten(-1, (5, 4)).mean(-1), affine=affine)
+
+
+def network() -> SliceSRNet:
+    torch.manual_seed(0)
+    return SliceSRNet(0.125, head="uncertainty", branches=4)
+
+
+def short() -> SelfTraining:
+    return SelfTraining(None, 2, 5e-3, batch_size=1, block_size=(16, 16), average_momentum=0.5)
+
+
+def test_the_result_is_that_of_adapted_weights_and_the_facts_say_so(scan, tmp_path):
+    shipped = network()
+    before = copy.deepcopy(shipped.state_dict())
+    run = AdaptingInferer(short(), tmp_path / "weights", **SETTINGS)
+    # An evaluator calls its inferer without gradients.
+    with torch.no_grad():
+        found = run(scan, shipped)
+    assert found.shape == (1, 2, 20, 20, 20)
+    assert found.isfinite().all()
+    assert run.facts["adaptation"]["iterations"] == 2
+    assert run.facts["adaptation"]["minutes"] >= 0
+    assert run.facts["ratio"] == 4.0
+
+    assert all(torch.equal(shipped.state_dict()[key], before[key]) for key in before)
+    saved = torch.load(tmp_path / "weights" / "1_adapted.pt", weights_only=True)
+    assert any(not torch.equal(saved[key], before[key]) for key in before)
+    # The saved weights serve further scans: they give the same result without another training.
+    again = network()
+    again.load_state_dict(saved)
+    assert torch.allclose(VolumeInferer(**SETTINGS)(scan, again), found, atol=1e-5)
+    assert not torch.allclose(VolumeInferer(**SETTINGS)(scan, shipped), found, atol=1e-5)
+
+
+def test_every_scan_starts_from_the_shipped_weights(scan, tmp_path):
+    run, shipped = AdaptingInferer(short(), tmp_path, **SETTINGS), network()
+    first, second = run(scan, shipped), run(scan, shipped)
+    assert torch.allclose(first, second, atol=1e-6)
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["1_adapted.pt", "2_adapted.pt"]
+
+
+def test_nothing_is_saved_unless_wanted(scan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    AdaptingInferer(short(), **SETTINGS)(scan, network())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_slices_are_not_worth_a_training(scan):
+    training = short()
+    run = AdaptingInferer(training, **SETTINGS)
+    found = run(scan[..., :3], network())
+    assert found.shape[-1] == 12
+    assert training.done == {}
+    assert "adaptation" not in run.facts
+    assert run.facts["method"] == "cubic interpolation"
+
+
+def test_a_measured_profile_adapts_as_well(scan, tmp_path):
+    taps = tmp_path / "profile.txt"
+    taps.write_text("1 2 2 2 1\n")
+    run = AdaptingInferer(short(), **{**SETTINGS, "slice_profile": str(taps)})
+    run(scan, network())
+    assert run.facts["adaptation"]["iterations"] == 2

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from medsr import metrics
+from medsr.engines.comparison import ThroughPlaneComparison, on_reference_grid, table
+from medsr.engines.self_training import SelfTraining
+from medsr.geometry import rescaled_affine
+from medsr.io.writing import write_nifti
+from medsr.networks.slice_sr import SliceSRNet
+from medsr.phantoms import head
+from scipy.ndimage import gaussian_filter
+
+SETTINGS = {"amp": "float32", "tile": None}
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory) -> Path:
+    volume, affine = head(30)
+    # Smooth enough for so few voxels that the cubic interpolation has an advantage.
+    volume = gaussian_filter(volume, 1.2)
+    # The head lies in an oddly turned file: axes exchanged and one flipped.
+    array = volume.transpose(2, 0, 1)[:, ::-1][:, :, :26]
+    turned = affine[:, [2, 0, 1, 3]].copy()
+    turned[:3, 3] += turned[:3, 1] * (array.shape[1] - 1)
+    turned[:3, 1] *= -1
+    path = tmp_path_factory.mktemp("comparison") / "head.nii.gz"
+    write_nifti(path, np.ascontiguousarray(array), affine=turned)
+    return path
+
+
+def network(head: str = "uncertainty") -> SliceSRNet:
+    torch.manual_seed(0)
+    return SliceSRNet(0.125, head=head, branches=4)
+
+
+def compare(phantom: Path, net: SliceSRNet | None = None, **settings) -> list[dict]:
+    cases = [{"image": str(phantom), "case": "head"}]
+    return ThroughPlaneComparison(cases, net, SETTINGS, **settings).run()
+
+
+@pytest.fixture(scope="module")
+def rows(phantom, tmp_path_factory) -> list[dict]:
+    output = tmp_path_factory.mktemp("out") / "comparison.json"
+    found = compare(phantom, network(), ratios=(3, 4), gaps=(0, 1), output=output)
+    written = json.loads(output.read_text())
+    assert written["rows"] == found
+    assert "PSNR with data range 1" in written["protocol"]
+    return found
+
+
+def of(rows: list[dict], **wanted) -> list[dict]:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_there_is_a_row_per_setting_and_method(rows):
+    keys = {(row["ratio"], row["gap"], row["method"]) for row in rows}
+    methods = {"nearest", "linear", "cubic", "network"}
+    assert keys == {(r, g, m) for r in (3.0, 4.0) for g in (0.0, 1.0) for m in methods}
+    assert len(rows) == len(keys)
+
+
+def test_the_numbers_are_plausible(rows):
+    for row in rows:
+        assert 8 < row["psnr_db"] < 40
+        assert 0 < row["ssim"] < 1
+        assert 8 < row["edge_psnr_db"] < 40
+    for setting in ({"ratio": 3.0, "gap": 0.0}, {"ratio": 4.0, "gap": 0.0}):
+        db = {row["method"]: row["psnr_db"] for row in of(rows, **setting)}
+        assert db["cubic"] > db["nearest"] + 0.5
+    cubic = {row["ratio"]: row["psnr_db"] for row in of(rows, method="cubic", gap=0.0)}
+    assert cubic[3.0] > cubic[4.0]
+
+
+def test_an_untrained_network_is_cubic_made_consistent(rows):
+    for ratio in (3.0, 4.0):
+        (cubic,) = of(rows, ratio=ratio, gap=0.0, method="cubic")
+        (found,) = of(rows, ratio=ratio, gap=0.0, method="network")
+        assert found["data_consistency_db"] > cubic["data_consistency_db"] + 5
+        assert found["psnr_db"] == pytest.approx(cubic["psnr_db"], abs=1.5)
+
+
+def test_only_a_method_with_uncertainty_is_judged_by_it(rows):
+    for row in rows:
+        assert ("spearman" in row) == ("ause" in row) == (row["method"] == "network")
+
+
+def test_without_consistency_the_untrained_network_is_cubic_exactly(phantom):
+    cases = [{"image": str(phantom), "case": "head"}]
+    found = ThroughPlaneComparison(cases, network("plain"), {**SETTINGS, "consistency": 0.0}).run()
+    db = {row["method"]: row["psnr_db"] for row in found}
+    assert db["network"] == pytest.approx(db["cubic"], abs=2e-3)
+
+
+def test_a_wrong_profile_is_told_to_the_methods_only(phantom):
+    right = compare(phantom, network(), profile="slr")
+    wrong = compare(phantom, network(), profile="slr", assumed_profile="gaussian")
+    assert {row["assumed_profile"] for row in wrong} == {"gaussian"}
+    # The slices are the same, hence the interpolations; what is told changes the consistent result.
+    for method in ("linear", "cubic"):
+        assert of(right, method=method)[0]["psnr_db"] == of(wrong, method=method)[0]["psnr_db"]
+    found = (of(rows, method="network")[0]["data_consistency_db"] for rows in (right, wrong))
+    assert next(found) > next(found)
+
+
+@pytest.mark.parametrize("axis", ["SI", "AP", "LR"])
+def test_slices_are_simulated_along_the_anatomical_axis(phantom, axis, monkeypatch):
+    shapes = []
+    real = ThroughPlaneComparison._compare
+
+    def spy(self, case, volume, ratio, gap):
+        shapes.append(tuple(volume.shape[1:]))
+        return real(self, case, volume, ratio, gap)
+
+    monkeypatch.setattr(ThroughPlaneComparison, "_compare", spy)
+    compare(phantom, axis=axis)
+    # The front-to-back axis alone was cut to 26 slices.
+    assert (shapes[0][-1] == 26) == (axis == "AP")
+
+
+def test_the_methods_that_learn_from_the_scan(phantom, monkeypatch):
+    # Every look at the clock takes a minute: a few iterations each.
+    clock = iter(range(0, 10**9, 60))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    adapt = SelfTraining(None, 1, batch_size=1, block_size=(16, 16))
+    net = network("plain")
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    found = compare(phantom, net, plane_minutes=1, adapt=adapt)
+    assert [row["method"] for row in found][3:] == ["smore-like", "network", "adapted"]
+    assert all(np.isfinite(row["psnr_db"]) for row in found)
+    assert all(torch.equal(net.state_dict()[key], before[key]) for key in before)
+
+
+def test_an_unreadable_case_is_left_out(phantom, tmp_path, caplog):
+    (tmp_path / "bad.nii.gz").write_bytes(b"nothing")
+    cases = [
+        {"image": str(tmp_path / "bad.nii.gz"), "case": "bad"},
+        {"image": str(phantom), "case": "head"},
+    ]
+    with caplog.at_level(logging.ERROR):
+        found = ThroughPlaneComparison(cases, None).run()
+    assert {row["case"] for row in found} == {"head"}
+    assert caplog.records[0].getMessage().startswith("bad: left out: bad.nii.gz")
+
+
+def test_an_origin_that_was_not_moved_loses_decibels():
+    volume, affine = head(32)
+    truth = volume[None] / 1000
+    thick = truth.reshape(1, 32, 32, 8, 4).mean(-1)
+    result = thick.repeat(4, axis=-1)
+    coarse = affine @ np.diag([1.0, 1.0, 4.0, 1.0])
+    coarse[:3, 3] += affine[:3, 2] * 1.5
+    right = rescaled_affine(coarse, 2, size=8, new_size=32, ratio=4)
+    wrong = right.copy()
+    wrong[:3, 3] = coarse[:3, 3]
+
+    def db(matrix: np.ndarray) -> float:
+        values = on_reference_grid(result, matrix, reference_affine=affine, size=32)
+        return metrics.psnr(values[0], truth[0], data_range=1.0, mask=truth[0] > 0.02)
+
+    assert np.allclose(right, affine)
+    assert db(right) > db(wrong) + 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.25, -1.5, 3.0])
+def test_results_are_read_where_they_claim_to_be(shift):
+    # Values are world coordinates, so whatever grid they come on, the reference must read its own.
+    affine = np.diag([1.0, 1.0, 0.5, 1.0])
+    affine[2, 3] = shift
+    world = (np.arange(60) * 0.5 + shift).reshape(1, 1, 1, 60)
+    reference = np.eye(4)
+    reference[2, 3] = 5.0
+    found = on_reference_grid(world, affine, reference_affine=reference, size=12)
+    assert np.allclose(found.ravel(), np.arange(12) + 5.0, atol=1e-5)
+
+
+def row(case: str, method: str, psnr: float, ratio: float = 4.0) -> dict:
+    return {"case": case, "ratio": ratio, "gap": 0.0, "method": method, "psnr_db": psnr}
+
+
+def test_the_table_shows_gains_over_cubic():
+    lines = table(
+        [
+            row("a", "cubic", 25.0),
+            row("a", "network", 26.0),
+            row("b", "cubic", 20.0, 3.5),
+            row("b", "network", 20.5, 3.5),
+        ]
+    ).splitlines()
+    assert lines[0] == "| case | ratio | gap | cubic | network |"
+    assert lines[2:] == [
+        "| a | 4 | 0 | 25.00 | 26.00 |",
+        "| b | 3.5 | 0 | 20.00 | 20.50 |",
+        "| mean gain over cubic | | | +0.00 | +0.75 |",
+    ]
+
+
+def test_a_method_that_is_missing_for_a_case_leaves_its_cell_empty():
+    lines = table([row("a", "cubic", 25.0), row("b", "cubic", 20.0), row("b", "network", 21.0)]).splitlines()
+    assert lines[2] == "| a | 4 | 0 | 25.00 |  |"
+    assert lines[-1].endswith("| +0.00 | +1.00 |")

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import gzip
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from medsr.engines import runner
+from medsr.engines.runner import check_settings, check_weights, load_weights, one_line_errors, preflight
+from medsr.errors import DataError, GeometryError, MedsrError, OutputError, SettingError, WeightsError
+from medsr.handlers.training import save_weights
+from medsr.io.writing import write_nifti
+from torch import nn
+
+THICK = np.diag([1.0, 1.0, 4.0, 1.0])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write_nifti(folder / f"{name}.nii.gz", np.random.rand(8, 8, 5), affine=THICK)  # noqa: NPY002
+    return folder
+
+
+def network(width: int = 3) -> nn.Module:
+    return nn.Linear(2, width)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A weight file in the layout of a bundle, with its listed digest."""
+    path = tmp_path / "bundle" / "models" / "model.pt"
+    path.parent.mkdir(parents=True)
+    save_weights(network().state_dict(), path)
+    return path
+
+
+def failure(capsys: pytest.CaptureFixture[str], function, *args, **kwargs) -> tuple[int, str]:
+    """Exit status and the one line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args, **kwargs)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("medsr: error: ")
+    return stop.value.code, lines[0]
+
+
+# --- errors in one line -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [MedsrError, DataError, GeometryError, WeightsError, SettingError, OutputError]
+)
+def test_errors_of_ours_become_one_line_and_a_status(kind, capsys):
+    @one_line_errors
+    def fails() -> None:
+        raise kind("first\n   second")
+
+    assert failure(capsys, fails) == (kind.exit_code, "medsr: error: first second")
+
+
+def test_other_errors_pass_and_results_come_back(capsys):
+    @one_line_errors
+    def divide(a: float, *, by: float) -> float:
+        """Divides."""
+        return a / by
+
+    assert divide(1, by=2) == 0.5
+    assert divide.__doc__ == "Divides."
+    with pytest.raises(ZeroDivisionError):
+        divide(1, by=0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_misspelt_setting_ends_the_run(capsys, tmp_path, monkeypatch):
+    config = tmp_path / "inference.json"
+    config.write_text('{"output_dir": "out", "run": []}')
+    monkeypatch.setattr(runner.sys, "excepthook", runner.sys.excepthook)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    command = ["-m", "run", "--config_file", str(config), "--output_dri", "x"]
+    monkeypatch.setattr("sys.argv", ["monai.bundle", *command[1:]])
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "monai.bundle", *command[1:]])
+    code, line = failure(capsys, check_settings)
+    assert code == SettingError.exit_code
+    assert "output_dri" in line
+
+
+def test_a_process_without_a_config_has_nothing_to_check():
+    check_settings()
+
+
+# --- preflight ----------------------------------------------------------------------------------------------------
+
+
+def test_good_inputs_are_counted(data, tmp_path, weights):
+    assert preflight(str(data), tmp_path / "new" / "out", weights=weights, network=network()) == 2
+    assert list((tmp_path / "new" / "out").iterdir()) == []
+    assert preflight([str(data / "a.nii.gz")], tmp_path / "out") == 1
+
+
+@pytest.mark.parametrize("nothing", ["", []])
+def test_no_input_says_what_to_set(nothing, tmp_path, capsys):
+    code, line = failure(capsys, preflight, nothing, tmp_path / "out")
+    assert code == DataError.exit_code
+    assert "--dataset_dir" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_input_is_named(tmp_path, capsys):
+    code, line = failure(capsys, preflight, str(tmp_path / "absent"), tmp_path / "out")
+    assert code == DataError.exit_code
+    assert "absent: no such file or folder" in line
+    assert str(tmp_path) not in line
+
+
+def test_an_output_folder_that_cannot_be_used_ends_the_run(data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    code, line = failure(capsys, preflight, str(data), tmp_path / "file")
+    assert code == OutputError.exit_code
+    assert "file" in line
+
+
+def test_weights_are_checked_before_the_inputs(data, tmp_path, capsys):
+    settings = {"weights": tmp_path / "none.pt", "network": network()}
+    code, line = failure(capsys, preflight, str(data), tmp_path / "out", **settings)
+    assert code == WeightsError.exit_code
+    assert "none.pt: no such weight file" in line
+
+
+def test_an_isotropic_scan_is_refused_unless_forced(tmp_path, capsys):
+    write_nifti(tmp_path / "iso.nii.gz", np.random.rand(8, 8, 8), affine=np.eye(4))  # noqa: NPY002
+    code, line = failure(capsys, preflight, str(tmp_path / "iso.nii.gz"), tmp_path / "out")
+    assert code == GeometryError.exit_code
+    assert "iso.nii.gz: already near-isotropic" in line
+    assert preflight(str(tmp_path / "iso.nii.gz"), tmp_path / "out", force=True) == 1
+
+
+def test_one_bad_case_among_good_ones_does_not_end_the_run(data, tmp_path, capsys):
+    (data / "c.nii.gz").write_bytes(gzip.compress(b"too short"))
+    assert preflight(str(data), tmp_path / "out") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_if_no_case_is_usable_all_reasons_are_told(tmp_path, capsys, caplog):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("x", "y"):
+        (folder / f"{name}.nii.gz").write_bytes(b"nothing")
+    with caplog.at_level(logging.ERROR):
+        code, line = failure(capsys, preflight, str(folder), tmp_path / "out")
+    assert code == DataError.exit_code
+    assert "none of the 2 cases can be used; the first reason: x.nii.gz" in line
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["x.nii.gz", "y.nii.gz"]
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], path: Path, net: nn.Module | None = None) -> str:
+    code, line = failure(capsys, check_weights, path, net or network())
+    assert code == WeightsError.exit_code
+    assert str(path.parent) not in line
+    return line
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a weight, far from all headers."""
+    content = bytearray(path.read_bytes())
+    values = network().state_dict()
+    place = content.find(torch.load(path, weights_only=True)["bias"].numpy().tobytes())
+    assert place > 0
+    assert values
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_good_weights_are_loaded(weights):
+    net = network()
+    assert load_weights(weights, net) is net
+    saved = torch.load(weights, weights_only=True)
+    assert all(torch.equal(net.state_dict()[key], saved[key]) for key in saved)
+
+
+def test_one_flipped_bit_in_a_bundle_is_noticed(weights, capsys):
+    flip(weights)
+    # PyTorch loads it without a complaint.
+    torch.load(weights, weights_only=True)
+    assert "not the listed file (SHA-256" in refused(capsys, weights)
+
+
+@pytest.mark.parametrize("place", ["models/variant", "runs/plain"])
+def test_one_flipped_bit_elsewhere_is_noticed_too(tmp_path, capsys, place):
+    path = tmp_path / "bundle" / place / "model.pt"
+    path.parent.mkdir(parents=True)
+    save_weights(network().state_dict(), path)
+    flip(path)
+    refused(capsys, path)
+
+
+def test_weights_without_a_list_of_digests_are_accepted(tmp_path):
+    torch.save(network().state_dict(), tmp_path / "own.pt")
+    check_weights(tmp_path / "own.pt", network())
+
+
+def test_a_weight_file_that_is_missing(tmp_path, capsys):
+    assert "model.pt: no such weight file; set --weights" in refused(capsys, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", None])
+def test_a_damaged_weight_file(tmp_path, capsys, content):
+    path = tmp_path / "model.pt"
+    save_weights(network().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-300] if content is None else content)
+    (tmp_path / "SHA256SUMS").unlink()
+    assert "model.pt: damaged or not a plain state dict" in refused(capsys, path)
+
+
+def test_a_whole_pickled_network_is_not_loaded(tmp_path, capsys):
+    torch.save(network(), tmp_path / "model.pt")
+    assert "damaged or not a plain state dict" in refused(capsys, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [1],
+        {"model": {"weight": torch.zeros(3, 2)}},
+        {"weight": torch.zeros(3, 2)},
+        {"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "more": torch.zeros(1)},
+    ],
+)
+def test_weights_of_another_network(tmp_path, capsys, content):
+    torch.save(content, tmp_path / "model.pt")
+    assert "model.pt: made for another network" in refused(capsys, tmp_path / "model.pt")
+
+
+def test_weights_of_another_width_name_the_tensor(weights, capsys):
+    line = refused(capsys, weights, network(4))
+    assert "'weight' has shape (3, 2), this network needs (4, 2)" in line
+
+
+def test_refused_weights_leave_the_network_alone(weights, capsys):
+    net = network()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    flip(weights)
+    failure(capsys, load_weights, weights, net)
+    assert all(torch.equal(net.state_dict()[key], before[key]) for key in before)

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from medsr.engines import training
+from medsr.engines.training import (
+    seed_everything,
+    start_from,
+    training_items,
+)
+from medsr.errors import DataError, WeightsError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a/scan.nii.gz", "b/scan.nii.gz", "b/deep/other.nii", "notes.txt"):
+        path = tmp_path / "volumes" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "volumes"
+
+
+@pytest.fixture
+def dicom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sub-folder that counts as a DICOM series; the reader of headers has its own tests."""
+    series = folder / "series"
+    series.mkdir()
+    (series / "im0.dcm").touch()
+    monkeypatch.setattr(training, "is_dicom_series", lambda path: Path(path) == series)
+    monkeypatch.setattr("medsr.io.cases.is_dicom_series", lambda path: Path(path) == series)
+    return series
+
+
+def names(items: list[dict], folder: Path) -> list[str]:
+    return [Path(item["image"]).relative_to(folder).as_posix() for item in items]
+
+
+def test_all_volumes_below_a_folder_are_found(folder):
+    items = training_items(folder)
+    # Unlike the cases of an inference, two of them may share a name.
+    assert sorted(names(items, folder)) == ["a/scan.nii.gz", "b/deep/other.nii", "b/scan.nii.gz"]
+    assert {item["weight"] for item in items} == {1.0}
+    assert all(Path(item["image"]).is_absolute() for item in items)
+
+
+def test_patterns_choose_and_weights_follow(folder):
+    items = training_items(folder, {"a/*.nii.gz": 3, "b/**/*.nii*": 1})
+    assert dict(zip(names(items, folder), (i["weight"] for i in items), strict=True)) == {
+        "a/scan.nii.gz": 3.0,
+        "b/deep/other.nii": 1.0,
+        "b/scan.nii.gz": 1.0,
+    }
+
+
+def test_a_volume_that_two_patterns_name_is_listed_once(folder):
+    items = training_items(folder, {"**/*.nii.gz": 1, "a/scan.nii.gz": 5})
+    assert sorted(i["weight"] for i in items) == [1.0, 5.0]
+
+
+def test_the_order_is_that_of_the_names(folder):
+    assert names(training_items(folder, ["**/*.nii.gz"]), folder) == ["a/scan.nii.gz", "b/scan.nii.gz"]
+
+
+@pytest.mark.parametrize("patterns", [["a/scna.nii.gz"], ["a/scan.nii.gz", "c/scan.nii.gz"], ["c/*.nii"]])
+def test_a_misspelt_name_does_not_shrink_the_training_set_in_silence(folder, patterns):
+    with pytest.raises(DataError, match=r"^volumes: no volume matches '(a/scna|c/)") as error:
+        training_items(folder, patterns)
+    assert str(folder.parent) not in str(error.value)
+
+
+def test_a_misspelt_name_beside_an_empty_wildcard_is_not_excused(folder):
+    # The default patterns hold wildcards of which one is often empty: that is no reason to stop ...
+    (folder / "b" / "deep" / "other.nii").unlink()
+    assert len(training_items(folder)) == 2
+    # ... but it must not excuse a name.
+    with pytest.raises(DataError, match=r"'a/scna\.nii\.gz'"):
+        training_items(folder, ["**/*.nii", "**/*.nii.gz", "a/scna.nii.gz"])
+
+
+def test_a_dicom_series_is_a_volume(folder, dicom):
+    assert names(training_items(folder, ["series", "a/*.nii.gz"]), folder) == ["series", "a/scan.nii.gz"]
+    assert training_items(dicom) == [{"image": str(dicom), "weight": 1.0}]
+
+
+def test_other_folders_are_no_volumes(folder):
+    with pytest.raises(DataError, match="'b/deep'"):
+        training_items(folder, ["b/deep"])
+
+
+def test_one_file_is_a_training_set(folder):
+    path = folder / "a" / "scan.nii.gz"
+    assert training_items(path) == [{"image": str(path), "weight": 1.0}]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"^absent: no such training folder; set --dataset_dir$"):
+        training_items(tmp_path / "absent")
+
+
+def test_one_seed_rules_all_generators():
+    def draw(seed: int) -> tuple[float, float, float]:
+        assert seed_everything(seed) == seed
+        return random.random(), float(np.random.random()), float(torch.rand(()))  # noqa: NPY002
+
+    first, again, other = draw(1), draw(1), draw(2)
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_a_copy_made_after_the_start_holds_the_initial_weights(tmp_path):
+    source, network = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    torch.save({"weight": source.weight.detach()}, tmp_path / "start.pt")
+    bias = network.bias.detach().clone()
+    average = copy.deepcopy(start_from(tmp_path / "start.pt", network))
+    assert torch.equal(average.weight, source.weight)
+    assert torch.equal(average.bias, bias)
+
+
+def two_heads() -> torch.nn.ModuleDict:
+    return torch.nn.ModuleDict({"trunk": torch.nn.Linear(2, 3), "head": torch.nn.Linear(3, 1)})
+
+
+def test_tensors_of_another_head_may_be_absent(tmp_path):
+    source, target = two_heads(), two_heads()
+    torch.save({k: v for k, v in source.state_dict().items() if k.startswith("trunk")}, tmp_path / "trunk.pt")
+    before = target["head"].weight.clone()
+    assert start_from(tmp_path / "trunk.pt", target) is target
+    assert torch.equal(target["trunk"].weight, source["trunk"].weight)
+    assert torch.equal(target["head"].weight, before)
+
+
+def test_no_path_means_no_weights():
+    network = two_heads()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    for nothing in (None, ""):
+        start_from(nothing, network)
+    assert all(torch.equal(network.state_dict()[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "cannot be read"),
+        (b"not weights", "damaged or not plain weights"),
+        ({"more": torch.zeros(1)}, "unknown tensor 'more'; made for another network"),
+        ({"trunk.weight": torch.zeros(2, 2)}, "'trunk.weight' has another shape"),
+    ],
+    ids=["missing", "damaged", "unknown", "wrong shape"],
+)
+def test_initial_weights_that_cannot_be_used_end_the_run_in_one_line(tmp_path, capsys, content, word):
+    path = tmp_path / "start.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(SystemExit) as stop:
+        start_from(path, two_heads())
+    assert stop.value.code == WeightsError.exit_code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"start.pt: {word}" in lines[0]
+    assert str(tmp_path) not in lines[0]

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from medsr.engines.case_evaluator import CaseDataset, CaseEvaluator
+from medsr.errors import OutputError
+from medsr.handlers import case_output
+from medsr.handlers.case_output import CaseOutput, RunReport
+from medsr.inferers.volume import VolumeInferer
+from medsr.io.loading import LoadVolumed
+from medsr.io.nifti import read_nifti
+from medsr.io.writing import write_nifti
+from medsr.networks.slice_sr import SliceSRNet
+from medsr.phantoms import head
+from medsr.transforms.intensity import PercentileToUnitd, RestoreIntensityd
+from medsr.transforms.orientation import SliceAxisLastd
+from medsr.transforms.results import SplitUncertaintyd
+from medsr.transforms.through_plane import UpdateGeometryd
+from monai.data import DataLoader, MetaTensor
+from monai.transforms import Compose, Invertd
+
+FACTS = {"ratio": 4.0, "data_consistency_db": 41.5, "slice_profile": "slr"}
+THICK = np.diag([1.0, 1.0, 4.0, 1.0])
+THIN = np.diag([1.0, 1.0, 1.0, 1.0])
+THIN[2, 3] = -1.5
+
+
+def item(case: str = "a", *, uncertainty: bool = True, channels: int = 1) -> dict[str, Any]:
+    """A postprocessed item as the evaluator leaves it."""
+    volume = torch.rand(channels, 16, 16, 5)
+    source = MetaTensor(
+        volume,
+        affine=torch.as_tensor(THICK),
+        meta={
+            "original_affine": torch.as_tensor(THICK),
+            "spatial_shape": np.array([16, 16, 5]),
+            "filename_or_obj": f"/secret/folder/{case}.nii.gz",
+            "notes": "sform and qform differ\nscaled by the header",
+            "intensity_scale": 10.0,
+            "intensity_offset": 3.0,
+            "sform_code": 2,
+        },
+    )
+    meta = {"sform_code": 2, "qform_code": 0}
+    fine = MetaTensor(volume.repeat_interleave(4, -1) * 10 + 3, affine=torch.as_tensor(THIN), meta=dict(meta))
+    found = {"image": source, "case": case, "pred": fine}
+    if uncertainty:
+        found["uncertainty"] = MetaTensor(
+            torch.rand(channels, 16, 16, 20), affine=torch.as_tensor(THIN), meta=dict(meta)
+        )
+    return found
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- output -------------------------------------------------------------------------------------------------------
+
+
+def test_a_case_leaves_its_volumes_and_the_figure(tmp_path):
+    output, one = CaseOutput(tmp_path), item()
+    output.write(one, FACTS)
+    assert files(tmp_path) == ["a_qc.png", "a_superres.nii.gz", "a_uncertainty.nii.gz"]
+    assert sorted(output.written["a"]) == files(tmp_path)
+    values, header = read_nifti(tmp_path / "a_superres.nii.gz")
+    assert np.allclose(values, one["pred"][0].numpy())
+    assert np.allclose(header.affine, THIN)
+    # A code of 0 would make the file lose its position.
+    assert (header.sform_code, header.qform_code) == (2, 1)
+
+
+def test_what_a_network_does_not_give_is_not_written(tmp_path):
+    CaseOutput(tmp_path, figure=False).write(item(uncertainty=False), {})
+    assert files(tmp_path) == ["a_superres.nii.gz"]
+
+
+def test_channels_become_the_fourth_axis(tmp_path):
+    one = item(channels=3, uncertainty=False)
+    CaseOutput(tmp_path, figure=False).write(one, {})
+    values, _ = read_nifti(tmp_path / "a_superres.nii.gz")
+    assert values.shape == (16, 16, 20, 3)
+    assert np.allclose(values[..., 2], one["pred"][2].numpy())
+
+
+def test_suffixes_may_be_chosen(tmp_path):
+    CaseOutput(tmp_path, {"pred": "thin"}, figure=False).write(item(), {})
+    assert files(tmp_path) == ["a_thin.nii.gz"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OutputError, KeyboardInterrupt])
+def test_nothing_remains_of_a_case_whose_figure_fails(tmp_path, monkeypatch, error):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error("no figure")
+
+    output = CaseOutput(tmp_path)
+    output.write(item("good"), FACTS)
+    before = files(tmp_path)
+    monkeypatch.setattr(case_output, "draw_qc", fail)
+    with pytest.raises(error, match="no figure"):
+        output.write(item("bad"), FACTS)
+    assert files(tmp_path) == before
+    assert list(output.written) == ["good"]
+
+
+def test_nothing_remains_of_a_case_whose_second_volume_fails(tmp_path):
+    one = item()
+    one["uncertainty"] = one["uncertainty"] * float("nan")
+    with pytest.raises(OutputError, match="NaN"):
+        CaseOutput(tmp_path).write(one, FACTS)
+    assert files(tmp_path) == []
+
+
+def test_the_figure_shows_input_interpolation_result_and_uncertainty(tmp_path, monkeypatch):
+    shown: dict[str, Any] = {}
+    real = case_output.draw_qc
+
+    def spy(volumes: dict[str, np.ndarray], **settings: Any) -> Any:
+        shown.update(volumes=volumes, **settings)
+        return real(volumes, **settings)
+
+    monkeypatch.setattr(case_output, "draw_qc", spy)
+    one = item()
+    CaseOutput(tmp_path).write(one, FACTS)
+    assert list(shown["volumes"]) == ["input slices", "cubic", "super-resolved", "uncertainty"]
+    assert {volume.shape for volume in shown["volumes"].values()} == {(16, 16, 20)}
+    # The input is shown in the unit of the result; here the result is the repeated input.
+    assert np.allclose(shown["volumes"]["input slices"], shown["volumes"]["super-resolved"], atol=1e-4)
+    assert shown["spacing_mm"] == (1.0, 1.0, 1.0)
+    assert "41.5 dB" in shown["footer"]
+    assert "Not for diagnosis" in shown["footer"]
+    assert "4 mm to 1 mm" in shown["title"]
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+def engine_of(*items: dict[str, Any], failures: dict[str, str] | None = None) -> Any:
+    return SimpleNamespace(
+        state=SimpleNamespace(
+            batch=[{"image": one["image"], "case": one["case"]} for one in items],
+            output=[{"pred": one["pred"]} for one in items],
+            device="cpu",
+        ),
+        inferer=SimpleNamespace(facts={**FACTS, "warnings": ["ratio 9 is beyond"]}),
+        failures=failures or {},
+    )
+
+
+def reported(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_report_holds_geometry_warnings_and_hashes(tmp_path):
+    config, weights = tmp_path / "inference.json", tmp_path / "model.pt"
+    config.write_bytes(b"{}")
+    weights.write_bytes(b"w")
+    output = CaseOutput(tmp_path, figure=False)
+    output.write(item(), FACTS)
+    report = RunReport(tmp_path, {"width": 0.25}, [config], weights, output)
+    report._record(engine_of(item()))
+    report(engine_of(failures={"b": "b.nii.gz: truncated"}))
+    found = reported(tmp_path)
+    assert found["settings"] == {"width": 0.25}
+    assert (found["succeeded"], found["failed"]) == (1, 1)
+    assert found["sha256"] == {
+        "inference.json": hashlib.sha256(b"{}").hexdigest(),
+        "model.pt": hashlib.sha256(b"w").hexdigest(),
+    }
+    assert set(found["versions"]) == {"medsr", "torch", "python"}
+    assert found["cases"]["b"] == {"status": "failed", "reason": "b.nii.gz: truncated"}
+    case = found["cases"]["a"]
+    assert case["input"] == "a.nii.gz"
+    assert (case["input_size"], case["output_size"]) == ([16, 16, 5], [16, 16, 20])
+    assert (case["input_spacing_mm"], case["output_spacing_mm"]) == ([1, 1, 4], [1, 1, 1])
+    assert case["files"] == ["a_superres.nii.gz", "a_uncertainty.nii.gz"]
+    assert case["warnings"] == ["sform and qform differ", "scaled by the header", "ratio 9 is beyond"]
+    assert case["data_consistency_db"] == 41.5
+    assert case["seconds"] >= 0
+
+
+def test_a_missing_weight_file_has_no_hash(tmp_path):
+    assert RunReport(tmp_path, weights=tmp_path / "none.pt").hashes == {"none.pt": None}
+
+
+def test_the_facts_of_the_inferer_are_not_used_up(tmp_path):
+    engine = engine_of(item())
+    RunReport(tmp_path)._record(engine)
+    assert engine.inferer.facts["warnings"] == ["ratio 9 is beyond"]
+
+
+def test_a_case_that_failed_ends_the_process_with_a_status(tmp_path, caplog):
+    report = RunReport(tmp_path)
+    report._record(engine_of(item()))
+    report.finish()
+    report(engine_of(failures={"b": "reason"}))
+    with caplog.at_level(logging.ERROR), pytest.raises(SystemExit) as stop:
+        report.finish()
+    assert stop.value.code == 1
+    assert "1 of 2 cases failed" in caplog.text
+
+
+# --- the whole way from file to file ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """A good sagittal scan with thick slices along the first axis, and a damaged one."""
+    folder = tmp_path / "secret-name"
+    folder.mkdir()
+    volume = head(16)[0].reshape(4, 4, 16, 16).mean(axis=1).repeat(2, axis=1).repeat(2, axis=2)
+    write_nifti(folder / "good.nii.gz", volume[:, :18, :17], affine=np.diag([3.0, 1.0, 1.0, 1.0]))
+    (folder / "bad.nii.gz").write_bytes((folder / "good.nii.gz").read_bytes()[:-100])
+    return folder
+
+
+def run(scans: Path, out: Path) -> tuple[CaseEvaluator, RunReport]:
+    out.mkdir()
+    torch.manual_seed(0)
+    keys = ["pred", "uncertainty"]
+    preprocessing = Compose([LoadVolumed("image"), SliceAxisLastd("image"), PercentileToUnitd("image")])
+    postprocessing = Compose(
+        [
+            SplitUncertaintyd("pred"),
+            RestoreIntensityd(keys, magnitude_keys=("uncertainty",)),
+            Invertd(keys, preprocessing, orig_keys="image", nearest_interp=False),
+            UpdateGeometryd(keys),
+        ]
+    )
+    data = [{"image": str(scans / f"{case}.nii.gz"), "case": case} for case in ("bad", "good")]
+    output = CaseOutput(out)
+    report = RunReport(out, output=output)
+    evaluator = CaseEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(CaseDataset(data, preprocessing), batch_size=1),
+        network=SliceSRNet(0.125, head="uncertainty", branches=4),
+        inferer=VolumeInferer(amp="float32", tile=None),
+        postprocessing=postprocessing,
+        val_handlers=[output, report],
+    )
+    evaluator.run()
+    return evaluator, report
+
+
+def test_from_file_to_file_with_one_bad_case(scans, tmp_path, caplog):
+    with caplog.at_level(logging.CRITICAL):
+        evaluator, report = run(scans, tmp_path / "out")
+    assert list(evaluator.failures) == ["bad"]
+    assert files(tmp_path / "out") == [
+        "good_qc.png",
+        "good_superres.nii.gz",
+        "good_uncertainty.nii.gz",
+        "report.json",
+    ]
+    values, header = read_nifti(tmp_path / "out" / "good_superres.nii.gz")
+    assert values.shape == (12, 18, 17)
+    # The slices become thinner, the field of view stays: the origin moves by one new slice.
+    assert np.allclose(header.affine[:3, :3], np.eye(3))
+    assert np.allclose(header.affine[:3, 3], [-1.0, 0.0, 0.0])
+    # The unit is that of the input, not [0, 1].
+    source, _ = read_nifti(scans / "good.nii.gz")
+    assert float(values.mean()) == pytest.approx(float(source.mean()), rel=0.05)
+    with caplog.at_level(logging.CRITICAL), pytest.raises(SystemExit):
+        report.finish()
+
+
+def test_no_folder_and_no_content_is_in_the_report(scans, tmp_path, caplog):
+    with caplog.at_level(logging.CRITICAL):
+        run(scans, tmp_path / "out")
+    text = (tmp_path / "out" / "report.json").read_text()
+    assert "good.nii.gz" in text
+    assert "bad.nii.gz" in text
+    assert "secret" not in text
+    assert str(tmp_path) not in text
+    found = json.loads(text)
+    assert found["cases"]["good"]["method"] == "network"
+    assert found["cases"]["bad"]["status"] == "failed"
+    assert (found["succeeded"], found["failed"]) == (1, 1)

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import IO
+
+import pytest
+import torch
+from ignite.handlers import EMAHandler
+from medsr.errors import MedsrError, OutputError
+from medsr.handlers.training import (
+    BudgetSchedule,
+    GradientGuard,
+    RunRecord,
+    WeightSaver,
+    save_weights,
+)
+from monai.engines import SupervisedTrainer
+from monai.inferers import SimpleInferer
+from torch import Tensor, nn
+
+
+class Trial:
+    """A MONAI trainer on one weight, whose loss and input a test can make bad."""
+
+    def __init__(
+        self, bad: tuple[int, ...] = (), *, iterations: int = 6, loss: nn.Module | None = None
+    ) -> None:
+        self.network = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.network.weight)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.1)
+        self.batches = [{"image": torch.ones(1, 1), "label": torch.zeros(1, 1)} for _ in range(iterations)]
+        for index in bad:
+            self.batches[index]["image"] = torch.full((1, 1), float("nan"))
+        self.loss = loss or nn.MSELoss()
+
+    def run(self, *handlers) -> SupervisedTrainer:
+        trainer = SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=1,
+            train_data_loader=self.batches,
+            network=self.network,
+            optimizer=self.optimizer,
+            loss_function=self.loss,
+            inferer=SimpleInferer(),
+            train_handlers=list(handlers),
+        )
+        trainer.run()
+        return trainer
+
+    @property
+    def weight(self) -> float:
+        return float(self.network.weight.detach())
+
+
+class At:
+    """Calls something at the end of every iteration."""
+
+    def __init__(self, do) -> None:
+        self.do = do
+
+    def attach(self, engine) -> None:
+        from ignite.engine import Events
+
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.do)
+
+
+# --- guard --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_batch_is_skipped_and_the_weights_survive():
+    trial, seen = Trial(bad=(1, 3)), []
+    guard = GradientGuard(trial.network)
+    trial.run(guard, At(lambda engine: seen.append(trial.weight)))
+    assert guard.skipped == 2
+    assert all(value == value for value in seen)
+    assert seen[1] == seen[0]
+    assert seen[3] == seen[2]
+    assert seen[0] > seen[2] > seen[4] > seen[5]
+
+
+def test_without_the_guard_the_weights_would_be_lost():
+    trial = Trial(bad=(1,))
+    trial.run()
+    assert trial.weight != trial.weight
+
+
+def test_too_many_bad_batches_in_a_row_stop_the_training(caplog):
+    trial = Trial(bad=(1, 3, 4, 5), iterations=8)
+    guard = GradientGuard(trial.network, patience=3)
+    with caplog.at_level(logging.CRITICAL), pytest.raises(MedsrError, match="3 batches in a row"):
+        trial.run(guard)
+    assert guard.skipped == 4
+    assert trial.weight == trial.weight
+
+
+def test_a_large_gradient_is_scaled_down():
+    trial = Trial(iterations=1)
+    trial.batches[0]["image"] *= 100
+    trial.run(GradientGuard(trial.network, max_norm=0.5))
+    assert trial.weight == pytest.approx(1 - 0.1 * 0.5, abs=1e-4)
+
+
+# --- schedule -----------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_and_falls_once():
+    schedule = BudgetSchedule(Trial().optimizer, 2.0, iterations=100, warm_up=0.1)
+    rates = [schedule.rate_at(p / 100) for p in range(101)]
+    top = rates.index(max(rates))
+    assert top == 10
+    assert max(rates) == pytest.approx(2.0)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[-1] == pytest.approx(0.002)
+    # Late iterations may overshoot the clock.
+    assert schedule.rate_at(1.3) == pytest.approx(0.002)
+
+
+def rates_of(trial: Trial, schedule: BudgetSchedule) -> list[float]:
+    rates: list[float] = []
+    trial.run(schedule, At(lambda engine: rates.append(trial.optimizer.param_groups[0]["lr"])))
+    return rates
+
+
+def test_a_budget_of_iterations_is_used_up_exactly():
+    trial = Trial(iterations=50)
+    schedule = BudgetSchedule(trial.optimizer, 1.0, iterations=20)
+    rates = rates_of(trial, schedule)
+    assert rates == pytest.approx([schedule.rate_at(k / 20) for k in range(20)])
+    assert rates[-1] < 0.02
+
+
+def test_a_budget_of_minutes_anneals_as_completely(monkeypatch):
+    clock = iter(range(0, 100_000, 6))
+    monkeypatch.setattr("medsr.handlers.training.time.monotonic", lambda: float(next(clock)))
+    trial = Trial(iterations=50)
+    rates = rates_of(trial, BudgetSchedule(trial.optimizer, 1.0, iterations=1000, minutes=2.0))
+    # Two looks at the clock of 6 s per iteration: ten iterations in two minutes.
+    assert 8 <= len(rates) <= 12
+    assert max(rates) > 0.9
+    assert rates[-1] < 0.05
+
+
+@pytest.mark.parametrize("minutes", [None, 60.0])
+def test_whichever_budget_is_used_up_first_stops(minutes):
+    trial = Trial(iterations=50)
+    assert len(rates_of(trial, BudgetSchedule(trial.optimizer, 1.0, iterations=7, minutes=minutes))) == 7
+
+
+def two_heads() -> nn.ModuleDict:
+    return nn.ModuleDict({"trunk": nn.Linear(2, 3), "head": nn.Linear(3, 1)})
+
+
+# --- saving -------------------------------------------------------------------------------------------------------
+
+
+def digests(folder: Path) -> dict[str, str]:
+    pairs = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    return {name: digest for digest, name in pairs}
+
+
+def test_saved_weights_read_back_and_are_listed(tmp_path):
+    network = two_heads()
+    digest = save_weights(network.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+    assert digest == hashlib.sha256((tmp_path / "model.pt").read_bytes()).hexdigest()
+    assert digests(tmp_path) == {"model.pt": digest}
+
+
+def test_the_list_of_digests_keeps_the_other_files(tmp_path):
+    other = save_weights(two_heads().state_dict(), tmp_path / "other.pt")
+    save_weights(two_heads().state_dict(), tmp_path / "model.pt")
+    newest = save_weights(two_heads().state_dict(), tmp_path / "model.pt")
+    assert digests(tmp_path) == {"other.pt": other, "model.pt": newest}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["SHA256SUMS", "model.pt", "other.pt"]
+
+
+def test_half_precision_halves_the_file_and_leaves_integers(tmp_path):
+    state = {"w": torch.rand(64, 64), "count": torch.tensor(2**40)}
+    save_weights(state, tmp_path / "full.pt")
+    save_weights(state, tmp_path / "half.pt", dtype=torch.float16)
+    assert (tmp_path / "half.pt").stat().st_size < 0.7 * (tmp_path / "full.pt").stat().st_size
+    loaded = torch.load(tmp_path / "half.pt", weights_only=True)
+    assert loaded["w"].dtype == torch.float16
+    assert torch.allclose(loaded["w"].float(), state["w"], atol=1e-3)
+    assert int(loaded["count"]) == 2**40
+
+
+def test_a_failed_save_leaves_the_last_good_file(tmp_path, monkeypatch):
+    before = save_weights({"w": torch.zeros(3)}, tmp_path / "model.pt")
+
+    def full(content: object, target: IO[bytes]) -> None:
+        target.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match=r"^model\.pt: cannot be written"):
+        save_weights({"w": torch.ones(3)}, tmp_path / "model.pt")
+    assert digests(tmp_path) == {"model.pt": before}
+    assert hashlib.sha256((tmp_path / "model.pt").read_bytes()).hexdigest() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["SHA256SUMS", "model.pt"]
+
+
+def test_a_file_that_reads_back_different_is_not_kept(tmp_path, monkeypatch):
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, path: real({"w": content["w"] + 1}, path))
+    with pytest.raises(OutputError, match="do not read back equal"):
+        save_weights({"w": torch.zeros(3)}, tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+class CountedSaver(WeightSaver):
+    saved_at: list[int]
+
+    def __call__(self, engine=None) -> None:
+        super().__call__(engine)
+        self.saved_at = [*getattr(self, "saved_at", []), engine.state.iteration]
+
+
+def test_weights_are_saved_now_and_then_and_at_the_end(tmp_path):
+    trial = Trial(iterations=7)
+    saver = CountedSaver(trial.network, tmp_path / "deep" / "model.pt", every=3)
+    trial.run(saver)
+    assert saver.saved_at == [3, 6, 7]
+    assert float(torch.load(saver.path, weights_only=True)["weight"]) == trial.weight
+
+
+def test_weights_are_saved_when_the_budget_ends_the_training(tmp_path):
+    trial = Trial(iterations=50)
+    saver = CountedSaver(trial.network, tmp_path / "model.pt")
+    trial.run(BudgetSchedule(trial.optimizer, 0.1, iterations=4), saver)
+    assert saver.saved_at[-1] == 4
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_weights_are_saved_when_the_training_breaks_off(tmp_path, error, caplog):
+    trial = Trial()
+
+    def stop(engine) -> None:
+        if engine.state.iteration == 3:
+            raise error("stop")
+
+    with caplog.at_level(logging.CRITICAL), pytest.raises(error, match="stop"):
+        trial.run(WeightSaver(trial.network, tmp_path / "model.pt"), At(stop))
+    assert float(torch.load(tmp_path / "model.pt", weights_only=True)["weight"]) == trial.weight
+
+
+def test_the_averaged_weights_are_saved(tmp_path):
+    trial = Trial()
+    average = EMAHandler(trial.network, momentum=0.1)
+    trial.run(average, WeightSaver(average.ema_model, tmp_path / "model.pt"))
+    saved = float(torch.load(tmp_path / "model.pt", weights_only=True)["weight"])
+    assert saved == float(average.ema_model.weight)
+    assert trial.weight < saved < 1
+
+
+# --- record -------------------------------------------------------------------------------------------------------
+
+
+class Loss(nn.Module):
+    """Two terms, of which the second counts the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_terms: dict[str, float] = {}
+        self.calls = 0
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        self.last_terms = {"l1": 2.0, "calls": float(self.calls)}
+        return (pred - target).abs().mean()
+
+
+def test_the_record_tells_what_was_trained(tmp_path):
+    loss = Loss()
+    settings = {"stage": "plain", "ratio": (1.6, 8.0), "path": Path("a"), "device": torch.device("cpu")}
+    record = RunRecord(tmp_path / "runs" / "train_record.json", settings, loss, every=2)
+    Trial(iterations=5, loss=loss).run(record)
+    found = json.loads((tmp_path / "runs" / "train_record.json").read_text())
+    assert found["iterations"] == 5
+    assert found["settings"] == {"stage": "plain", "ratio": [1.6, 8.0], "path": "a", "device": "cpu"}
+    assert found["minutes"] >= 0
+    assert set(found) >= {"command", "commit", "machine", "versions"}
+    # Each entry is the mean since the entry before.
+    assert [(e["iteration"], e["l1"], e["calls"]) for e in found["history"]] == [
+        (2, 2.0, 1.5),
+        (4, 2.0, 3.5),
+        (5, 2.0, 5.0),
+    ]
+
+
+def test_without_terms_the_loss_itself_is_recorded(tmp_path):
+    Trial(iterations=2).run(RunRecord(tmp_path / "record.json", {}, every=1))
+    history = json.loads((tmp_path / "record.json").read_text())["history"]
+    assert [set(entry) for entry in history] == [{"iteration", "minutes", "loss"}] * 2
+    assert history[0]["loss"] > history[1]["loss"] > 0
+
+
+def test_the_record_is_complete_when_the_budget_ends_the_training(tmp_path):
+    trial = Trial(iterations=50)
+    record = RunRecord(tmp_path / "record.json", {}, every=100)
+    trial.run(BudgetSchedule(trial.optimizer, 0.1, iterations=3), record)
+    found = json.loads((tmp_path / "record.json").read_text())
+    assert found["iterations"] == 3
+    assert [entry["iteration"] for entry in found["history"]] == [3]

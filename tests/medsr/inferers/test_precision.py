@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from medsr.errors import SettingError
+from medsr.inferers import precision
+from medsr.inferers.precision import PRECISIONS, choose_precision, native_bfloat16
+from torch import Tensor
+
+
+def faithful(window: Tensor) -> Tensor:
+    """Rounds as bfloat16 does where autocast is on."""
+    if torch.is_autocast_enabled("cpu"):
+        return window.to(torch.get_autocast_dtype("cpu"))
+    return window
+
+
+def broken(window: Tensor) -> Tensor:
+    return window + 1 if torch.is_autocast_enabled("cpu") else window
+
+
+def not_finite(window: Tensor) -> Tensor:
+    return window * float("nan") if torch.is_autocast_enabled("cpu") else window
+
+
+def forbidden(window: Tensor) -> Tensor:
+    raise AssertionError("no trial is needed")
+
+
+@pytest.fixture
+def window() -> Tensor:
+    return torch.rand(1, 1, 8, 8, 4)
+
+
+@pytest.fixture(params=[True, False])
+def native(request, monkeypatch) -> bool:
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device: request.param)
+    return request.param
+
+
+def test_auto_takes_bfloat16_only_where_it_is_native(native, window):
+    expected = torch.bfloat16 if native else torch.float32
+    assert choose_precision("auto", faithful if native else forbidden, window) == expected
+
+
+def test_float32_needs_no_trial(native, window):
+    assert choose_precision("float32", forbidden, window) == torch.float32
+
+
+def test_bfloat16_on_request_even_if_emulated(native, window):
+    assert choose_precision("bfloat16", faithful, window) == torch.bfloat16
+
+
+@pytest.mark.parametrize("run", [broken, not_finite])
+@pytest.mark.parametrize("wanted", ["auto", "bfloat16"])
+def test_a_device_that_computes_wrongly_gets_float32_and_a_warning(run, wanted, window, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device: True)
+    with caplog.at_level(logging.WARNING):
+        assert choose_precision(wanted, run, window) == torch.float32
+    assert "bfloat16 differs from float32" in caplog.text
+
+
+def test_the_tolerance_is_relative_to_the_spread(window):
+    def slightly(x: Tensor) -> Tensor:
+        return x + 0.02 * x.std() if torch.is_autocast_enabled("cpu") else x
+
+    for size in (1e-3, 1.0, 1e3):
+        assert choose_precision("bfloat16", slightly, window * size, tolerance=0.03) == torch.bfloat16
+        assert choose_precision("bfloat16", slightly, window * size, tolerance=0.01) == torch.float32
+
+
+def test_autocast_is_off_afterwards(window):
+    choose_precision("bfloat16", faithful, window)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("word", ["half", "", "fp32", "BFLOAT16"])
+def test_an_unknown_word_is_named_with_the_known_ones(word, window):
+    with pytest.raises(SettingError, match=f"got '{word}'") as error:
+        choose_precision(word, forbidden, window)
+    assert all(known in str(error.value) for known in PRECISIONS)
+
+
+@pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", "arm_bf16", None])
+def test_a_processor_is_asked_what_it_can(capability, monkeypatch):
+    found = {} if capability is None else {capability: True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert native_bfloat16("cpu") == (capability is not None)
+
+
+def test_unknown_devices_count_as_not_native():
+    assert not native_bfloat16("meta")

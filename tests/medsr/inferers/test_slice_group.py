@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from medsr.errors import SettingError
+from medsr.geometry import rescaled_size, slice_positions
+from medsr.inferers.slice_group import SliceGroupInferer
+from medsr.networks.slice_sr import SliceSRNet
+from monai.data import MetaTensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Positions(nn.Module):
+    """Answers with the absolute position that it was asked for: its input must be the ramp ``slice index``.
+
+    A window that starts at slice ``low`` holds ``low`` in its first slice, so a wrong offset, a lost or a
+    doubled slice shows as a wrong value. The second channel carries the in-plane place in the same way.
+    """
+
+    scale = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, ...]] = []
+        self.asked: list[float] = []
+        self.given: list[dict[str, float]] = []
+
+    def forward(self, image: Tensor, *, positions: Sequence[float], scale: float, thickness: float) -> Tensor:
+        self.calls.append(tuple(image.shape))
+        self.given.append({"scale": scale, "thickness": thickness})
+        places = torch.as_tensor(np.asarray(positions), dtype=image.dtype)
+        # A window reads what it needs, and a thin slice is asked for where its own thick slice is inside.
+        assert float(places.min()) >= -0.5 - 1e-6
+        assert float(places.max()) <= image.shape[-1] - 0.5 + 1e-6
+        absolute = image[:, :1, ..., :1] + places
+        place = image[:, 1:2, ..., :1].expand(*absolute.shape[:-1], len(places))
+        self.asked += absolute[0, 0, 0, 0].tolist()
+        return torch.cat([absolute, place], dim=1)
+
+
+class Local(nn.Module):
+    """A network without global pooling: two 3 x 3 x 3 convolutions, then linear interpolation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 2, 3, padding=1)
+
+    def forward(self, image: Tensor, *, positions: Sequence[float], scale: float, thickness: float) -> Tensor:
+        features = self.second(torch.relu(self.first(image)))
+        places = torch.as_tensor(np.asarray(positions), dtype=image.dtype)
+        index = (places + 0.5).floor().long().clamp(0, image.shape[-1] - 1)
+        return features[..., index] * (1 + (places - index))
+
+
+def ramp(depth: int, size: tuple[int, int] = (9, 11), *, batch: int = 1) -> Tensor:
+    """Channel 0: slice index; channel 1: number of the pixel."""
+    index = torch.arange(float(depth)).expand(batch, 1, *size, depth)
+    pixel = torch.arange(float(np.prod(size))).reshape(1, 1, *size, 1).expand(batch, 1, *size, depth)
+    return torch.cat([index, pixel], dim=1).contiguous()
+
+
+def inferer(**settings: Any) -> SliceGroupInferer:
+    return SliceGroupInferer(**{"amp": "float32", **settings})
+
+
+@settings(max_examples=300)
+@given(
+    depth=st.integers(1, 30),
+    group=st.integers(1, 13),
+    context=st.integers(0, 4),
+    ratio=st.one_of(st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0, 3.333, 4.0, 6.0, 8.0]), st.floats(1.2, 8.0)),
+    tile=st.sampled_from([None, 8, 9, 16]),
+    halo=st.integers(0, 5),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+def test_every_thin_slice_is_written_once_at_its_place(depth, group, context, ratio, tile, halo, batch, size):
+    network = Positions()
+    run = inferer(group=group, context=context, tile=tile, halo=halo, batch=batch)
+    found = run(ramp(depth, size), network, scale=ratio)
+    expected = torch.as_tensor(
+        slice_positions(depth, rescaled_size(depth, ratio), ratio), dtype=torch.float32
+    )
+    assert found.shape == (1, 2, *size, len(expected))
+    assert torch.allclose(found[0, 0], expected.expand(*size, -1), atol=1e-4)
+    assert torch.equal(found[0, 1, ..., 0], torch.arange(float(np.prod(size))).reshape(size))
+    assert torch.equal(found[0, 1], found[0, 1, ..., :1].expand_as(found[0, 1]))
+
+
+@given(depth=st.integers(1, 30), group=st.integers(1, 13), ratio=st.sampled_from([1.5, 2.5, 4.0, 7.3]))
+def test_no_thin_slice_is_computed_twice(depth, group, ratio):
+    network = Positions()
+    inferer(group=group, tile=None)(ramp(depth), network, scale=ratio)
+    expected = slice_positions(depth, rescaled_size(depth, ratio), ratio)
+    assert np.allclose(network.asked, expected, atol=1e-4)
+
+
+@given(size=st.integers(1, 300), tile=st.integers(8, 100), halo=st.integers(0, 40))
+def test_tiles_have_one_size_and_the_halo_that_was_asked_for(size, tile, halo):
+    tiles = inferer(tile=tile, halo=halo)._tiles(size)
+    assert len({one.read.stop - one.read.start for one in tiles}) == 1
+    places = [index for one in tiles for index in range(one.place.start, one.place.stop)]
+    assert places == list(range(size))
+    for one in tiles:
+        assert one.read.start >= 0
+        assert one.read.stop <= size
+        assert one.read.start + one.keep.start == one.place.start
+        assert one.read.start + one.keep.stop == one.place.stop
+        # Either the halo is whole, or the border of the image is where it ends.
+        assert one.place.start - one.read.start >= halo or one.read.start == 0
+        assert one.read.stop - one.place.stop >= halo or one.read.stop == size
+        assert one.read.stop - one.read.start <= tile + 2 * halo
+
+
+def test_windows_are_bounded_in_every_direction():
+    network = Positions()
+    inferer(group=4, context=2, tile=8, halo=3, batch=2)(ramp(23, (40, 29)), network, scale=2)
+    assert max(shape[0] for shape in network.calls) == 2
+    assert max(max(shape[2:4]) for shape in network.calls) <= 8 + 2 * 3
+    assert max(shape[4] for shape in network.calls) == 4 + 2 * 2
+
+
+def test_the_facts_of_the_acquisition_reach_the_network():
+    network = Positions()
+    inferer()(ramp(5), network, scale=2.5, thickness=0.7)
+    assert network.given[0] == {"scale": 2.5, "thickness": 0.7}
+
+
+def test_the_scale_defaults_to_the_network_s():
+    assert inferer()(ramp(5), Positions()).shape[-1] == 10
+
+
+@pytest.mark.parametrize(("tile", "halo"), [(8, 2), (8, 5), (13, 3)])
+@pytest.mark.parametrize("size", [(33, 20), (17, 41)])
+def test_tiles_with_a_sufficient_halo_equal_the_whole_plane(tile, halo, size):
+    torch.manual_seed(0)
+    network, image = Local(), torch.rand(1, 1, *size, 9)
+    whole = inferer(tile=None, group=100)(image, network, scale=2.5)
+    tiled = inferer(tile=tile, halo=halo, group=4, context=2)(image, network, scale=2.5)
+    assert torch.allclose(tiled, whole, atol=1e-5)
+    # The comparison can tell: without a halo the seams show.
+    seams = inferer(tile=8, halo=0, group=100)(image, network, scale=2.5)
+    assert not torch.allclose(seams, whole, atol=1e-3)
+
+
+def trained(head: str = "plain") -> SliceSRNet:
+    torch.manual_seed(0)
+    network = SliceSRNet(0.125, head=head, branches=4)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return network
+
+
+@pytest.mark.parametrize("scale", [2.0, 2.5, 3.0])
+@pytest.mark.parametrize("depth", [5, 6])
+def test_both_directions_make_the_result_symmetric(scale, depth):
+    network, image = trained("uncertainty"), torch.rand(1, 1, 16, 13, depth)
+    one_way, both_ways = inferer(group=3), inferer(group=3, both_directions=True)
+    forward = both_ways(image, network, scale=scale)
+    backward = both_ways(image.flip(-1), network, scale=scale)
+    assert torch.allclose(backward.flip(-1), forward, atol=1e-6)
+    once = one_way(image, network, scale=scale)
+    assert not torch.allclose(one_way(image.flip(-1), network, scale=scale).flip(-1), once, atol=1e-3)
+
+
+@pytest.mark.parametrize("tiling", [{"tile": None}, {"tile": 8, "halo": 3, "batch": 3}])
+def test_samples_of_a_batch_do_not_mix(tiling):
+    torch.manual_seed(0)
+    network, images = Local(), torch.rand(3, 1, 26, 19, 5)
+    together = inferer(**tiling)(images, network, scale=3)
+    assert together.shape == (3, 2, 26, 19, 15)
+    for k in range(3):
+        alone = inferer(**tiling)(images[k : k + 1], network, scale=3)
+        assert torch.allclose(together[k : k + 1], alone, atol=1e-5)
+
+
+def test_sizes_that_fit_neither_tile_nor_network_are_served():
+    found = inferer(tile=8, halo=4, group=2)(torch.rand(1, 1, 29, 17, 5), trained(), scale=3.5)
+    assert found.shape == (1, 1, 29, 17, 18)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_progress_bar_is_shown_on_request_only(progress, capsys):
+    inferer(progress=progress)(ramp(5), Positions(), scale=2)
+    assert ("super-resolution" in capsys.readouterr().err) == progress
+
+
+def test_the_result_is_a_plain_tensor_that_may_be_changed():
+    image = MetaTensor(torch.rand(1, 1, 16, 16, 5))
+    network = trained().train()
+    found = inferer()(image, network, scale=2)
+    assert type(found) is Tensor
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert not found.is_inference()
+    assert not network.training
+    found += F.relu(found)
+
+
+def test_the_input_stays_as_it_was():
+    image = torch.rand(1, 1, 16, 16, 5)
+    before = image.clone()
+    inferer(both_directions=True)(image, trained(), scale=2)
+    assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize(("name", "value"), [("group", 0), ("context", -1), ("tile", 4), ("halo", -1)])
+def test_settings_out_of_range_are_named(name, value):
+    with pytest.raises(SettingError, match=f"{name} >= .*{value}"):
+        SliceGroupInferer(**{name: value})
+
+
+def test_a_misspelt_precision_is_named_before_the_result():
+    with pytest.raises(SettingError, match="half"):
+        SliceGroupInferer(amp="half")(ramp(5), Positions())

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from medsr.errors import DataError, SettingError
+from medsr.geometry import rescaled_size, slice_positions
+from medsr.inferers.volume import MIN_SLICES, VolumeInferer, consistent, projection_matrix
+from medsr.networks.slice_sr import SliceSRNet
+from medsr.resampling import interpolation_matrix
+from medsr.transforms.thick_slices import ThickSliceParameters
+from monai.data import MetaTensor
+from torch import Tensor, nn
+
+
+class Recorder(nn.Module):
+    """Nearest slices, and a note of what it was told."""
+
+    branches = 0
+
+    def __init__(self, error: float = 0.0) -> None:
+        super().__init__()
+        self.error = error
+        self.given: list[tuple[float, float]] = []
+
+    def forward(self, image: Tensor, *, positions: Sequence[float], scale: float, thickness: float) -> Tensor:
+        self.given.append((scale, thickness))
+        matrix = interpolation_matrix(image.shape[-1], positions, kind="nearest")
+        return image @ torch.as_tensor(matrix, dtype=torch.float32).T + self.error
+
+
+def scan(
+    depth: int = 6,
+    *,
+    spacing: Sequence[float] = (1.0, 1.0, 4.0),
+    channels: int = 1,
+    thickness: Any = None,
+) -> MetaTensor:
+    meta = {} if thickness is None else {"slice_thickness_mm": thickness}
+    values = torch.rand(1, channels, 16, 12, depth, generator=torch.Generator().manual_seed(0))
+    # A batch of a loader holds its affine with a batch axis.
+    affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))[None]
+    return MetaTensor(values, affine=affine, meta=meta)
+
+
+def inferer(**settings: Any) -> VolumeInferer:
+    return VolumeInferer(**{"amp": "float32", "tile": None, "slice_profile": "box", **settings})
+
+
+@pytest.mark.parametrize(
+    ("spacing", "wanted", "ratio"),
+    [
+        ((1.0, 1.0, 4.0), None, 4.0),
+        ((0.9, 0.9, 3.000016), None, 3.333),
+        ((0.5, 1.0, 5.0), None, 5.0),
+        ((1.0, 1.0, 4.0), 2.0, 2.0),
+        ((1.0, 1.0, 4.0), 0.8, 5.0),
+    ],
+)
+def test_the_ratio_comes_from_the_affine(spacing, wanted, ratio):
+    run, network = inferer(spacing_mm=wanted), Recorder()
+    found = run(scan(spacing=spacing), network)
+    assert found.shape == (1, 1, 16, 12, rescaled_size(6, ratio))
+    assert network.given[0][0] == run.facts["ratio"] == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize(
+    ("setting", "meta", "expected"),
+    [
+        (None, None, 1.0),
+        (None, 3.0, 0.75),
+        (None, torch.tensor([3.0]), 0.75),
+        (None, [3.0], 0.75),
+        (2.0, 3.0, 0.5),
+        (2.0, None, 0.5),
+    ],
+)
+def test_the_thickness_is_set_or_read_or_the_spacing(setting, meta, expected):
+    run, network = inferer(slice_thickness_mm=setting), Recorder()
+    run(scan(thickness=meta), network)
+    assert network.given[0][1] == pytest.approx(expected)
+    assert run.facts["slice_thickness_per_spacing"] == pytest.approx(expected)
+    assert run.facts["warnings"] == []
+
+
+def test_the_acquisition_is_the_one_that_makes_thick_slices():
+    run = inferer(slice_profile="slr")
+    expected = ThickSliceParameters(4.0, 0.75, "slr").matrix(24, 6)
+    assert np.allclose(run.acquisition(24, 6, 4.0, 0.75).numpy(), expected, atol=1e-6)
+
+
+def test_every_channel_is_processed_alone():
+    torch.manual_seed(0)
+    network = SliceSRNet(0.125, head="uncertainty", branches=4)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    image = scan(channels=3)
+    found = inferer()(image, network)
+    # All images first, then all uncertainties.
+    assert found.shape == (1, 6, 16, 12, 24)
+    for channel in range(3):
+        alone = inferer()(image[:, channel : channel + 1], network)
+        assert torch.allclose(found[:, [channel, 3 + channel]], alone, atol=1e-5)
+    assert float(found[:, 3:].min()) >= 0.999e-3
+
+
+@pytest.mark.parametrize("depth", range(1, MIN_SLICES))
+def test_too_few_slices_are_interpolated_with_a_warning(depth):
+    image = scan(depth)
+    run, network = inferer(consistency=0.0), Recorder()
+    found = run(image, network)
+    assert network.given == []
+    positions = slice_positions(depth, 4 * depth, 4.0)
+    exact = image.as_tensor() @ torch.as_tensor(interpolation_matrix(depth, positions).T, dtype=torch.float32)
+    assert torch.allclose(found, exact, atol=1e-5)
+    assert run.facts["method"] == "cubic interpolation"
+    assert f"only {depth} slices" in run.facts["warnings"][0]
+
+
+def test_enough_slices_go_through_the_network():
+    run, network = inferer(), Recorder()
+    run(scan(MIN_SLICES), network)
+    assert network.given
+    assert run.facts["method"] == "network"
+
+
+def test_too_few_slices_still_have_an_uncertainty():
+    found = inferer()(scan(2), SliceSRNet(0.125, head="uncertainty", branches=4))
+    assert found.shape == (1, 2, 16, 12, 8)
+    assert float(found[:, 1].min()) >= 0
+    assert float(found[:, 1].max()) > 0
+
+
+@pytest.mark.parametrize("profile", ["box", "gaussian", "slr"])
+def test_consistency_explains_the_measured_slices(profile):
+    image = scan()
+    plain = inferer(consistency=0.0, slice_profile=profile)
+    full = inferer(consistency=1.0, slice_profile=profile)
+    half = inferer(consistency=0.5, slice_profile=profile)
+    results = [run(image, Recorder(error=0.1)) for run in (plain, half, full)]
+    levels = [run.facts["data_consistency_db"] for run in (plain, half, full)]
+    assert levels[0] + 5 < levels[1] < levels[2] - 5
+    assert levels[2] > 30
+    again = results[2] @ full.acquisition(24, 6, 4.0, 1.0).T
+    assert torch.allclose(again, image.as_tensor(), atol=0.1)
+    # Half the share is half the way.
+    assert torch.allclose(results[1], (results[0] + results[2]) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [2.0, 2.5, 4.0, 7.0])
+def test_consistency_keeps_what_is_consistent_already(ratio):
+    size = rescaled_size(6, ratio)
+    acquire = inferer().acquisition(size, 6, ratio, 0.8)
+    constant = torch.full((2, size), 0.6)
+    assert torch.allclose(consistent(constant, torch.full((2, 6), 0.6), acquire), constant, atol=1e-6)
+    detailed = torch.rand(2, size)
+    assert torch.allclose(consistent(detailed, detailed @ acquire.T, acquire), detailed, atol=1e-5)
+
+
+def test_a_constant_scan_stays_constant():
+    image = scan()
+    image[:] = 0.4
+    found = inferer(consistency=1.0)(image, SliceSRNet(0.125))
+    assert torch.allclose(found, torch.tensor(0.4), atol=1e-5)
+
+
+def test_the_projection_is_a_right_inverse():
+    acquire = torch.as_tensor(ThickSliceParameters(4.0).matrix(24), dtype=torch.float32)
+    exact = acquire @ projection_matrix(acquire, damping=0.0)
+    assert torch.allclose(exact, torch.eye(6), atol=1e-4)
+    # Damped, it never adds more than is missing.
+    damped = acquire @ projection_matrix(acquire)
+    assert float(torch.linalg.eigvals(damped).abs().max()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(("thickness", "warned"), [(0.5, True), (3.0, False), (8.0, False), (9.0, True)])
+def test_an_unusual_thickness_is_reported(thickness, warned):
+    run = inferer()
+    run(scan(thickness=thickness), Recorder())
+    assert any("thickness" in one for one in run.facts["warnings"]) == warned
+
+
+def test_a_ratio_beyond_the_training_is_reported():
+    run = inferer(spacing_mm=0.4)
+    run(scan(), Recorder())
+    assert "ratio 10" in run.facts["warnings"][0]
+
+
+def test_the_warnings_of_one_scan_do_not_stay_for_the_next():
+    run = inferer()
+    run(scan(2), Recorder())
+    run(scan(), Recorder())
+    assert run.facts["warnings"] == []
+
+
+def test_a_target_coarser_than_the_slices_is_refused():
+    with pytest.raises(SettingError, match=r"target_spacing_mm 5 is coarser than the slices of 4 mm"):
+        inferer(spacing_mm=5)(scan(), Recorder())
+
+
+def test_scans_of_different_geometry_do_not_share_a_batch():
+    image = MetaTensor(torch.rand(2, 1, 8, 8, 5), affine=torch.eye(4))
+    with pytest.raises(SettingError, match="batch size 1, got 2"):
+        inferer()(image, Recorder())
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"spacing_mm": 0.0}, "target_spacing_mm"),
+        ({"spacing_mm": float("nan")}, "target_spacing_mm"),
+        ({"slice_thickness_mm": -1.0}, "slice_thickness_mm"),
+        ({"consistency": 1.5}, "consistency"),
+        ({"consistency": -0.1}, "consistency"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, name):
+    with pytest.raises(SettingError, match=name):
+        VolumeInferer(**settings)
+
+
+def test_a_measured_profile_is_read_from_a_file(tmp_path):
+    taps = tmp_path / "profile.txt"
+    taps.write_text("1 2 4 2 1\n")
+    run = inferer(slice_profile=str(taps))
+    assert torch.allclose(
+        run.acquisition(24, 6, 4.0, 1.0),
+        torch.as_tensor(
+            ThickSliceParameters(4.0, 1.0, (0.1, 0.2, 0.4, 0.2, 0.1)).matrix(24, 6), dtype=torch.float32
+        ),
+    )
+    run(scan(), Recorder())
+    assert run.facts["data_consistency_db"] > 20
+
+
+@pytest.mark.parametrize("content", ["1 2\n", "1 x 1\n", None])
+def test_a_profile_that_cannot_be_read_is_refused_at_once(tmp_path, content):
+    taps = tmp_path / "profile.txt"
+    if content is not None:
+        taps.write_text(content)
+    with pytest.raises(DataError, match=r"^profile\.txt"):
+        VolumeInferer(slice_profile=str(taps))
+
+
+def test_the_facts_name_the_profile_without_its_folder(tmp_path):
+    taps = tmp_path / "profile.txt"
+    taps.write_text("1 2 1\n")
+    run = inferer(slice_profile=str(taps))
+    run(scan(), Recorder())
+    assert "profile.txt" in run.facts["slice_profile"]
+    assert str(tmp_path) not in run.facts["slice_profile"]
