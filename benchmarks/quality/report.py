@@ -16,10 +16,9 @@ from medsr.engines.comparison import PROTOCOL, table
 
 HEAD = """# Results
 
-Written by `python -m benchmarks.quality.report` from the rows of `python -m benchmarks.quality.superres`;
-the data list
-is in the latter. No subject here was seen in training. Few subjects: they show that the method works on unseen brains of
-several sites and contrasts, and nothing clinical.
+Written by `python -m benchmarks.quality.report` from the rows of `python -m benchmarks.quality.superres`, which
+holds the data list. No subject here was seen in training. Few subjects: they show that the method works on unseen
+brains of several sites and contrasts, and nothing clinical.
 
 Protocol `{protocol}`.
 

@@ -21,7 +21,7 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 
 import medsr
-from medsr.errors import MedsrError, OutputError
+from medsr.errors import MedsrError, OutputError, SettingError
 from medsr.io.writing import atomic_path, write_json
 
 __all__ = ["BudgetSchedule", "GradientGuard", "RunRecord", "WeightSaver", "save_weights"]
@@ -125,6 +125,10 @@ class BudgetSchedule:
             group["lr"] = self.rate_at(self._progress(engine.state.iteration - 1))
 
     def _begin(self, engine: Engine) -> None:
+        if self.minutes and torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise SettingError(
+                "processes with clocks of their own would wait for each other: give iterations, not minutes"
+            )
         self._start = time.monotonic()
 
     def _progress(self, iteration: int) -> float:
