@@ -207,6 +207,7 @@ class RunRecord:
         self._sums: dict[str, float] = {}
         self._count = 0
         self._start = 0.0
+        self._commit = "unknown"
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
@@ -229,7 +230,7 @@ class RunRecord:
             self.path,
             {
                 "command": " ".join(["python", "-m", "monai.bundle", *sys.argv[1:]]),
-                "commit": _commit(),
+                "commit": self._commit,
                 "settings": {key: _plain(value) for key, value in self.settings.items()},
                 "iterations": engine.state.iteration,
                 "minutes": round(minutes, 1),
@@ -241,6 +242,8 @@ class RunRecord:
 
     def _begin(self, engine: Engine) -> None:
         self._start = time.monotonic()
+        # Now: the tree may have moved on when the record is written.
+        self._commit = _commit()
 
     def _collect(self, engine: Engine) -> None:
         # MONAI's trainers take the output of a batch apart.
