@@ -48,9 +48,9 @@ class PrepareThickPlanes(PrepareThickSlices):
         **settings: Any,
     ) -> tuple[Tensor, Tensor, tuple[()], dict[str, float]]:
         """Acquire, then take the planes apart."""
-        inputs, targets, _, _ = super().__call__(batchdata, device, non_blocking, **settings)
+        inputs, targets, _, facts = super().__call__(batchdata, device, non_blocking, **settings)
         inputs, targets = (x[:, 0].permute(0, 2, 1, 3).flatten(0, 1).unsqueeze(1) for x in (inputs, targets))
-        return inputs, targets, (), {}
+        return inputs, targets, (), facts
 
 
 class SelfTraining:

@@ -110,6 +110,9 @@ class SliceGroupInferer(Inferer):
         tiles = [(row, column) for row in self._tiles(height) for column in self._tiles(width)]
         pairs = [tiles[k : k + self.batch] for k in range(0, len(tiles), self.batch)]
         windows = [(first, pair) for first in range(0, depth, self.group) for pair in pairs]
+        # A first estimate that needs no tiles is made once: tiles would make their halos again.
+        first_estimate = getattr(network, "first_estimate", None)
+        estimate = None if first_estimate is None else first_estimate(stack, positions=positions, **settings)
         result: Tensor | None = None
         dtype: torch.dtype | None = None
         for first, pair in self._progress(windows):
@@ -119,8 +122,15 @@ class SliceGroupInferer(Inferer):
             low, high = max(0, first - self.context), min(depth, first + self.group + self.context)
             parts = torch.cat([stack[..., row.read, column.read, low:high] for row, column in pair])
 
-            def run(x: Tensor, places: np.ndarray = positions[wanted] - low) -> Tensor:
-                return network(x, positions=places, **settings)
+            thin = slice(int(wanted[0]), int(wanted[-1]) + 1)
+            extra: dict[str, Any] = {"positions": positions[wanted] - low}
+            if estimate is not None:
+                extra["estimate"] = torch.cat(
+                    [estimate[..., row.read, column.read, thin] for row, column in pair]
+                )
+
+            def run(x: Tensor, extra: dict[str, Any] = extra) -> Tensor:
+                return network(x, **settings, **extra)
 
             if dtype is None:
                 dtype = self.used_dtype = choose_precision(self.amp, run, parts)
@@ -131,7 +141,6 @@ class SliceGroupInferer(Inferer):
             if result is None:
                 shape = (len(stack), found.shape[1], height, width, len(positions))
                 result = torch.empty(shape, dtype=torch.float32, device=stack.device)
-            thin = slice(int(wanted[0]), int(wanted[-1]) + 1)
             for (row, column), one in zip(pair, found.split(len(stack)), strict=True):
                 result[..., row.place, column.place, thin] = one[..., row.keep, column.keep, :]
         assert result is not None

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError, WeightsError
 from medsr.geometry import rescaled_size, slice_positions
+from medsr.networks.plane_prior import PlanePrior
+from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
 from medsr.resampling import interpolation_matrix
 
 __all__ = ["SliceSRNet", "convert_flavr"]
@@ -58,6 +60,7 @@ class SliceSRNet(nn.Module):
         branches: number of candidates of the uncertainty head.
         scale: ratio that is used when ``forward`` is given none.
         basis: number of through-plane basis maps; default ``64 * width``, at least 16.
+        prior: start from planes instead of from the cubic interpolation.
 
     Shape:
         - image: ``(B, 1 + label_classes, H, W, D)``, slices last, ``H`` and ``W`` of at least 8;
@@ -94,6 +97,7 @@ class SliceSRNet(nn.Module):
         branches: int = 16,
         scale: float = 4.0,
         basis: int | None = None,
+        prior: bool = False,
     ) -> None:
         super().__init__()
         if head not in ("plain", "uncertainty"):
@@ -116,13 +120,14 @@ class SliceSRNet(nn.Module):
         self.condition = nn.Linear(2, channels[0])
         self.apply(_initialise)
         nn.init.zeros_(self.condition.weight)
-        self.residual = _PositionReadout(basis, 1 + label_classes)
+        self.residual = PositionReadout(basis, 1 + label_classes)
         if self.branches:
-            self.candidates = _PositionReadout(basis, self.branches * (1 + label_classes))
-            self.attention = _PositionReadout(basis, self.branches, gain=1.0)
+            self.candidates = PositionReadout(basis, self.branches * (1 + label_classes))
+            self.attention = PositionReadout(basis, self.branches, gain=1.0)
             self.log_uncertainty = nn.Linear(self.branches, 1)
             nn.init.normal_(self.log_uncertainty.weight, std=0.5)
             nn.init.constant_(self.log_uncertainty.bias, -4.0)
+        self.prior = PlanePrior(scale=scale) if prior else None
 
     def forward(
         self,
@@ -130,6 +135,7 @@ class SliceSRNet(nn.Module):
         scale: float | None = None,
         thickness: float = 1.0,
         positions: Sequence[float] | None = None,
+        estimate: Tensor | None = None,
     ) -> Tensor:
         """Super-resolve a stack.
 
@@ -138,6 +144,7 @@ class SliceSRNet(nn.Module):
             scale: slice spacing divided by the new slice spacing; default ``self.scale``.
             thickness: slice thickness divided by slice spacing; below 1 with a gap.
             positions: centres of the new slices in units of old slices; default the same field of view.
+            estimate: what :meth:`first_estimate` gives for these positions, if it is known already.
         """
         scale = self.scale if scale is None else float(scale)
         depth = image.shape[-1]
@@ -146,22 +153,12 @@ class SliceSRNet(nn.Module):
         positions = np.asarray(positions, dtype=np.float64)
         stack = image.permute(0, 1, 4, 2, 3)
         features = self._features(stack, scale, float(thickness))
-        skip = self._skip(stack, positions)
-        slabs = np.clip(np.floor(positions + 0.5).astype(int), 0, depth - 1)
-        conditions = torch.tensor(
-            np.stack(
-                [
-                    (positions - slabs) * 2,
-                    np.full_like(positions, 1 / scale),
-                    np.full_like(positions, thickness),
-                ],
-                1,
-            ),
-            dtype=torch.float32,
-            device=image.device,
-        )
+        if estimate is None:
+            estimate = self.first_estimate(image, scale, thickness, positions)
+        skip = self._skip(stack, positions, estimate)
+        slabs, conditions = slabs_and_conditions(positions, depth, scale=scale, thickness=float(thickness))
         index = torch.as_tensor(slabs, device=image.device)
-        weights, bias = self._readout_weights(conditions)
+        weights, bias = self._readout_weights(conditions.to(image.device))
         # The branches of the uncertainty head take many times the memory of the result: without gradients, a few
         # slices at a time are enough.
         step = len(positions) if torch.is_grad_enabled() else 4
@@ -229,18 +226,44 @@ class SliceSRNet(nn.Module):
         pads = (left, missing[1] - left, top, missing[0] - top, 0, 0)
         return F.pad(stack, pads, mode="replicate"), (top, left)
 
-    def _skip(self, stack: Tensor, positions: np.ndarray) -> Tensor:
-        """Cubic interpolation of the image, linear interpolation of the labels as logits; ``(B, D', H, W, C)``."""
-        depth = stack.shape[2]
-        cubic = torch.as_tensor(
-            interpolation_matrix(depth, positions), dtype=torch.float32, device=stack.device
+    def first_estimate(
+        self, image: Tensor, scale: float, thickness: float, positions: Sequence[float] | np.ndarray
+    ) -> Tensor:
+        """What the residual is added to: planes of both in-plane axes, or the cubic interpolation.
+
+        It needs little memory, so that an inferer may ask for it at once where it runs the network in tiles.
+
+        Shape:
+            ``(B, C, H, W, D)`` to ``(B, 1, H, W, len(positions))``, float32.
+        """
+        image = image[:, :1]
+        if self.prior is None:
+            matrix = torch.as_tensor(interpolation_matrix(image.shape[-1], positions), dtype=torch.float32)
+            return image.float() @ matrix.to(image.device).T
+        first, second = (
+            self._planes(image[:, 0].transpose(1, axis), scale, thickness, positions) for axis in (1, 2)
         )
-        image = torch.einsum("kd,bdhw->bkhw", cubic, stack[:, 0].float()).unsqueeze(-1)
+        return ((first + second.transpose(1, 2)) / 2).unsqueeze(1)
+
+    def _planes(
+        self, stack: Tensor, scale: float, thickness: float, positions: Sequence[float] | np.ndarray
+    ) -> Tensor:
+        """The prior over the planes ``(W, D)`` of a stack ``(B, H, W, D)``."""
+        assert self.prior is not None
+        planes = stack.flatten(0, 1).unsqueeze(1)
+        # Few planes at a time stay in the processor's cache; with gradients nothing is saved by it.
+        parts = planes.split(len(planes) if torch.is_grad_enabled() else 16)
+        fine = torch.cat([self.prior(part, scale, thickness, positions) for part in parts])
+        return fine[:, 0].unflatten(0, stack.shape[:2])
+
+    def _skip(self, stack: Tensor, positions: np.ndarray, estimate: Tensor) -> Tensor:
+        """The estimate of the image, linear interpolation of the labels as logits; ``(B, D', H, W, C)``."""
+        image = estimate.permute(0, 4, 2, 3, 1)
         if self.branches:
             none = image.new_zeros(()).expand_as(image)
         if not self.label_classes:
             return torch.cat([image, none], dim=-1) if self.branches else image
-        linear = interpolation_matrix(depth, positions, kind="linear")
+        linear = interpolation_matrix(stack.shape[2], positions, kind="linear")
         linear = torch.as_tensor(linear, dtype=torch.float32, device=stack.device)
         labels = torch.einsum("kd,bcdhw->bkhwc", linear, stack[:, 1:].float()).clamp(0.01, 0.99).logit()
         return torch.cat([image, labels, none] if self.branches else [image, labels], dim=-1)
@@ -265,30 +288,6 @@ def _initialise(module: nn.Module) -> None:
         nn.init.constant_(module.linear.bias, 2.0)
     if isinstance(module, (_ResidualBlock, _PlainBlock)):
         module.conv2.weight.data.mul_(0.5)
-
-
-class _PositionReadout(nn.Module):
-    """A 1 x 1 convolution whose weights are a learned function of the thin slice's position in its slab.
-
-    Args:
-        basis: number of input maps.
-        channels: number of output maps.
-        gain: scale of the initial weights; 0 makes the read-out start at zero.
-    """
-
-    def __init__(self, basis: int, channels: int, gain: float = 0.0) -> None:
-        super().__init__()
-        self.basis, self.channels = basis, channels
-        self.hidden = nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU())
-        self.weights = nn.Linear(64, channels * (basis + 1))
-        nn.init.normal_(self.weights.weight, std=gain * (64 * basis) ** -0.5)
-        nn.init.normal_(self.weights.bias, std=gain * basis**-0.5)
-
-    def forward(self, conditions: Tensor) -> tuple[Tensor, Tensor]:
-        """``(K, 3)`` to the weights ``(K, M, C)`` and the biases ``(K, C)``."""
-        with torch.autocast(conditions.device.type, enabled=False):
-            weights = self.weights(self.hidden(conditions.float())).view(-1, self.channels, self.basis + 1)
-        return weights[..., :-1].transpose(1, 2), weights[..., -1]
 
 
 class _Gate(nn.Module):

@@ -125,7 +125,8 @@ def test_planes_of_a_block_become_the_batch():
     inputs, targets, args, facts = prepare({"image": block})
     assert inputs.shape == (6, 1, 8, 12)
     assert targets.shape == (6, 1, 8, 48)
-    assert (args, facts) == ((), {})
+    assert args == ()
+    assert facts == {"scale": 4.0, "thickness": pytest.approx(facts["thickness"])}
     # The same seed draws the same thickness for whole blocks: plane k of block b is item 3 b + k.
     slices, fine, _, _ = PrepareThickSlices(ratio=(4, 4), noise=0, gamma=(1, 1), profiles={"box": 1.0})(
         {"image": block}

@@ -1,0 +1,154 @@
+"""Through-plane super-resolution of single planes at any ratio: the estimate that the slice network starts from.
+
+Papers:
+    SMORE (learning from the sharp in-plane axes): IEEE TMI 40 (2021) 805-817, doi:10.1109/TMI.2020.3037187.
+    WDSR (wide activation): arXiv 1808.08718.
+Code: written from the papers. Weights: part of a bundle's ``model.pt``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medsr.errors import SettingError
+from medsr.geometry import rescaled_size, slice_positions
+from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
+from medsr.resampling import interpolation_matrix
+
+__all__ = ["PlanePrior"]
+
+_POWERS = 4
+"""The refit read-out is a polynomial of the position in the slab with so many coefficients."""
+
+
+class PlanePrior(nn.Module):
+    """Turns a plane whose last axis is coarse into a fine one, for any ratio, with one set of weights.
+
+    Wide-activation blocks on the coarse grid, then a position-conditioned read-out: the residual on the cubic B-spline
+    interpolation of the same field of view. Planes need far fewer examples than volumes: it learns in minutes what
+    takes a slice network hours, and it is trained on the planes of a thick scan itself without any mismatch,
+    because no through-plane context enters. :class:`~medsr.networks.wdsr.PlaneSRNet` is the published form with
+    one weight set per ratio.
+
+    ``correction`` is a second, linear read-out that :meth:`refit` solves for in closed form; zero as trained.
+
+    Args:
+        channels: width of the trunk; every block widens it ``expansion`` times before its activation.
+        blocks: number of wide-activation blocks.
+        expansion: channels inside a block divided by ``channels``.
+        basis: number of maps that are read out.
+        scale: ratio that is used when ``forward`` is given none.
+
+    Shape:
+        ``(B, 1, H, D)`` to ``(B, 1, H, round(D * scale))``.
+
+    Raises:
+        SettingError: if a size is not positive.
+
+    Example:
+        >>> PlanePrior(channels=8, blocks=1)(torch.zeros(1, 1, 16, 4), scale=2.5).shape
+        torch.Size([1, 1, 16, 10])
+
+    Reference:
+        doi:10.1109/TMI.2020.3037187
+    """
+
+    size_multiple = 1
+    half_precision_safe = True
+
+    def __init__(
+        self,
+        channels: int = 32,
+        blocks: int = 5,
+        *,
+        expansion: int = 2,
+        basis: int = 32,
+        scale: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if min(channels, blocks, expansion, basis) < 1:
+            raise SettingError(
+                f"channels, blocks, expansion and basis must be >= 1, got {channels}, {blocks}, {expansion}, {basis}"
+            )
+        self.scale = float(scale)
+        self.head = nn.Conv2d(1, channels, 3, padding=1)
+        self.condition = nn.Linear(2, channels)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, channels * expansion, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(channels * expansion, channels, 3, padding=1),
+            )
+            for _ in range(blocks)
+        )
+        self.to_basis = nn.Conv2d(channels, basis, 3, padding=1)
+        self.readout = PositionReadout(basis, 1)
+        self.correction: Tensor
+        self.register_buffer("correction", torch.zeros(_POWERS, basis + 1))
+        nn.init.zeros_(self.condition.weight)
+        # Head, two convolutions per block, and the basis read one neighbour each.
+        self.exact_halo = 2 * blocks + 2
+
+    def forward(
+        self,
+        image: Tensor,
+        scale: float | None = None,
+        thickness: float = 1.0,
+        positions: Sequence[float] | None = None,
+    ) -> Tensor:
+        """Super-resolve planes; arguments as :meth:`medsr.networks.slice_sr.SliceSRNet.forward`."""
+        scale = self.scale if scale is None else float(scale)
+        depth = image.shape[-1]
+        if positions is None:
+            positions = slice_positions(depth, rescaled_size(depth, scale), scale)
+        positions = np.asarray(positions, dtype=np.float64)
+        slabs, conditions = slabs_and_conditions(positions, depth, scale=scale, thickness=float(thickness))
+        conditions = conditions.to(image.device)
+        weights, bias = self.readout(conditions)
+        powers = _powers(conditions)
+        weights = weights[..., 0] + powers @ self.correction[:, :-1]
+        bias = bias[..., 0] + powers @ self.correction[:, -1]
+        residual = _read(self.basis_maps(image, scale, thickness), slabs, weights, bias)
+        cubic = torch.as_tensor(
+            interpolation_matrix(depth, positions), dtype=torch.float32, device=image.device
+        )
+        return image.float() @ cubic.T + residual
+
+    def basis_maps(self, image: Tensor, scale: float, thickness: float) -> Tensor:
+        """Maps ``(B, M, H, D)`` that are read out, float32."""
+        settings = torch.tensor(
+            [1 / float(scale), float(thickness)], dtype=torch.float32, device=image.device
+        )
+        features = self.head(image) + self.condition(settings).view(1, -1, 1, 1)
+        for block in self.blocks:
+            features = features + block(features)
+        return F.relu(self.to_basis(features)).float()
+
+
+def _powers(conditions: Tensor) -> Tensor:
+    """Powers 0, 1, 2, ... of the position in the slab, ``(K, _POWERS)``."""
+    return conditions[:, :1] ** torch.arange(_POWERS, device=conditions.device)
+
+
+def _read(basis: Tensor, slabs: np.ndarray, weights: Tensor, bias: Tensor) -> Tensor:
+    """Weighted sums of the maps of each position's slab, ``(B, 1, H, K)``.
+
+    All positions of a slab are read in one product, padded to the largest number of positions in a slab.
+    """
+    depth = basis.shape[-1]
+    counts = np.bincount(slabs, minlength=depth)
+    # Positions ascend, hence the rank in the slab is the distance to the slab's first position.
+    ranks = np.arange(len(slabs)) - (np.cumsum(counts) - counts)[slabs]
+    most = int(counts.max())
+    place = torch.as_tensor(slabs * most + ranks, device=basis.device)
+    padded = weights.new_zeros(depth * most, weights.shape[1]).index_copy(0, place, weights)
+    with torch.autocast(basis.device.type, enabled=False):
+        maps = basis.permute(3, 0, 2, 1).flatten(1, 2)
+        read = maps @ padded.view(depth, most, -1).transpose(1, 2)
+    read = read.permute(1, 0, 2).flatten(1).index_select(1, place) + bias
+    return read.view(basis.shape[0], 1, basis.shape[2], -1)

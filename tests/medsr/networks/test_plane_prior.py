@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from medsr.errors import SettingError
+from medsr.geometry import rescaled_size, slice_positions
+from medsr.networks.plane_prior import PlanePrior
+from medsr.resampling import interpolation_matrix
+from torch import Tensor
+
+RATIOS = (1.5, 2, 2.5, 3, 3.3, 4, 6, 8)
+
+
+def tiny(*, trained: bool = False) -> PlanePrior:
+    torch.manual_seed(0)
+    network = PlanePrior(channels=8, blocks=2, basis=6)
+    if trained:
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+    return network.eval()
+
+
+def planes(depth: int = 6, height: int = 17) -> Tensor:
+    return torch.rand(3, 1, height, depth, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_output_covers_the_field_of_view_and_starts_as_the_cubic_interpolation(ratio):
+    image = planes()
+    positions = slice_positions(6, rescaled_size(6, ratio), ratio)
+    with torch.inference_mode():
+        found = tiny()(image, scale=ratio)
+    cubic = image @ torch.as_tensor(interpolation_matrix(6, positions), dtype=torch.float32).T
+    assert found.shape == (3, 1, 17, rescaled_size(6, ratio))
+    assert torch.allclose(found, cubic, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_some_positions_alone_are_what_they_are_among_all(ratio):
+    network, image = tiny(trained=True), planes()
+    positions = slice_positions(6, rescaled_size(6, ratio), ratio)
+    with torch.inference_mode():
+        whole = network(image, ratio, 0.9)
+        for part in (slice(0, 1), slice(2, 5), slice(-2, None)):
+            assert torch.allclose(network(image, ratio, 0.9, positions[part]), whole[..., part], atol=1e-5)
+        assert float((whole - tiny()(image, ratio)).abs().max()) > 1e-3
+
+
+def test_a_tile_with_the_stated_halo_is_exact():
+    network = tiny(trained=True)
+    image = planes(height=40)
+    halo = network.exact_halo
+    with torch.inference_mode():
+        whole = network(image, 3.0)
+        part = network(image[:, :, 10 - halo : 26 + halo], 3.0)
+    assert torch.allclose(part[:, :, halo:-halo], whole[:, :, 10:26], atol=1e-5)
+
+
+def test_weights_and_results_are_those_of_the_last_release(golden):
+    network = tiny(trained=True)
+    state = network.state_dict()
+    names = "\n".join(f"{key} {tuple(value.shape)}" for key, value in state.items())
+    with torch.inference_mode():
+        result = network(planes(), 2.5, 0.8).double()
+    found = {
+        "tensors": hashlib.sha256(names.encode()).hexdigest(),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "mean": float(result.mean()),
+        "std": float(result.std()),
+        "corner": float(result[0, 0, 0, 0]),
+        "roughness": float(result.diff(dim=-1).abs().mean()),
+    }
+    expected = golden("plane_prior", found)
+    assert found["tensors"] == expected["tensors"], "released weights would no longer load"
+    assert found["parameters"] == expected["parameters"]
+    for key in ("mean", "std", "corner", "roughness"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+
+
+def test_a_few_steps_learn_something_that_the_cubic_interpolation_misses():
+    torch.manual_seed(0)
+    grid = torch.linspace(0, 40, 96)
+    fine = torch.stack([torch.sign(torch.sin(grid * f + p)) for f, p in ((1.0, 0.3), (0.7, 1.0), (1.3, 2.0))])
+    fine = fine[:, None, None].expand(-1, 1, 16, -1) * 0.3 + 0.5
+    thick = fine.unflatten(-1, (24, 4)).mean(-1)
+    network = PlanePrior(channels=16, blocks=2)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    before = float((network(thick) - fine).abs().mean().detach())
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (network(thick) - fine).abs().mean()
+        loss.backward()
+        optimizer.step()
+    assert float(loss) < 0.7 * before
+
+
+def test_sizes_out_of_range_are_named():
+    with pytest.raises(SettingError, match="0"):
+        PlanePrior(blocks=0)
+
+
+def test_positions_may_be_numpy_or_a_list():
+    image = planes()
+    positions = np.array([0.0, 1.5, 4.2])
+    network = tiny(trained=True)
+    with torch.inference_mode():
+        assert torch.equal(network(image, 3.0, 1.0, positions), network(image, 3.0, 1.0, positions.tolist()))
