@@ -22,9 +22,6 @@ from medsr.resampling import interpolation_matrix
 
 __all__ = ["PlanePrior"]
 
-_POWERS = 4
-"""The refit read-out is a polynomial of the position in the slab with so many coefficients."""
-
 
 class PlanePrior(nn.Module):
     """Turns a plane whose last axis is coarse into a fine one, for any ratio, with one set of weights.
@@ -34,8 +31,6 @@ class PlanePrior(nn.Module):
     takes a slice network hours, and it is trained on the planes of a thick scan itself without any mismatch,
     because no through-plane context enters. :class:`~medsr.networks.wdsr.PlaneSRNet` is the published form with
     one weight set per ratio.
-
-    ``correction`` is a second, linear read-out that :meth:`refit` solves for in closed form; zero as trained.
 
     Args:
         channels: width of the trunk; every block widens it ``expansion`` times before its activation.
@@ -88,8 +83,6 @@ class PlanePrior(nn.Module):
         )
         self.to_basis = nn.Conv2d(channels, basis, 3, padding=1)
         self.readout = PositionReadout(basis, 1)
-        self.correction: Tensor
-        self.register_buffer("correction", torch.zeros(_POWERS, basis + 1))
         nn.init.zeros_(self.condition.weight)
         # Head, two convolutions per block, and the basis read one neighbour each.
         self.exact_halo = 2 * blocks + 2
@@ -108,18 +101,14 @@ class PlanePrior(nn.Module):
             positions = slice_positions(depth, rescaled_size(depth, scale), scale)
         positions = np.asarray(positions, dtype=np.float64)
         slabs, conditions = slabs_and_conditions(positions, depth, scale=scale, thickness=float(thickness))
-        conditions = conditions.to(image.device)
-        weights, bias = self.readout(conditions)
-        powers = _powers(conditions)
-        weights = weights[..., 0] + powers @ self.correction[:, :-1]
-        bias = bias[..., 0] + powers @ self.correction[:, -1]
-        residual = _read(self.basis_maps(image, scale, thickness), slabs, weights, bias)
+        weights, bias = self.readout(conditions.to(image.device))
+        residual = _read(self._basis_maps(image, scale, thickness), slabs, weights[..., 0], bias[..., 0])
         cubic = torch.as_tensor(
             interpolation_matrix(depth, positions), dtype=torch.float32, device=image.device
         )
         return image.float() @ cubic.T + residual
 
-    def basis_maps(self, image: Tensor, scale: float, thickness: float) -> Tensor:
+    def _basis_maps(self, image: Tensor, scale: float, thickness: float) -> Tensor:
         """Maps ``(B, M, H, D)`` that are read out, float32."""
         settings = torch.tensor(
             [1 / float(scale), float(thickness)], dtype=torch.float32, device=image.device
@@ -128,11 +117,6 @@ class PlanePrior(nn.Module):
         for block in self.blocks:
             features = features + block(features)
         return F.relu(self.to_basis(features)).float()
-
-
-def _powers(conditions: Tensor) -> Tensor:
-    """Powers 0, 1, 2, ... of the position in the slab, ``(K, _POWERS)``."""
-    return conditions[:, :1] ** torch.arange(_POWERS, device=conditions.device)
 
 
 def _read(basis: Tensor, slabs: np.ndarray, weights: Tensor, bias: Tensor) -> Tensor:

