@@ -23,6 +23,7 @@ __all__ = [
     "slice_axis",
     "slice_positions",
     "spacing_of",
+    "through_plane_ratio",
     "to_slice_last",
     "validate_affine",
 ]
@@ -102,6 +103,26 @@ def slice_axis(affine: npt.ArrayLike, *, force: bool = False, name: str = "image
             "nothing to gain (use force to run all the same)"
         )
     return axis
+
+
+def through_plane_ratio(
+    affine: npt.ArrayLike, spacing_mm: float | None = None, *, axis: int | None = None
+) -> float:
+    """Slice spacing divided by the wanted spacing, to three decimals.
+
+    Args:
+        affine: voxel-to-world matrix.
+        spacing_mm: wanted slice spacing; default the coarser in-plane spacing.
+        axis: array axis of the slices; default the one with the largest spacing.
+
+    Example:
+        >>> through_plane_ratio(np.diag([0.9, 0.9, 3.000016, 1.0]))
+        3.333
+    """
+    axis = slice_axis(affine, force=True) if axis is None else axis
+    spacing = spacing_of(affine)
+    wanted = float(np.delete(spacing, axis).max()) if spacing_mm is None else float(spacing_mm)
+    return round(float(spacing[axis]) / wanted, 3)
 
 
 def rescaled_size(size: int, ratio: float) -> int:

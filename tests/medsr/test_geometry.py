@@ -15,6 +15,7 @@ from medsr.geometry import (
     slice_axis,
     slice_positions,
     spacing_of,
+    through_plane_ratio,
     to_slice_last,
     validate_affine,
 )
@@ -306,3 +307,9 @@ def test_rounding_in_a_header_is_not_shear() -> None:
     affine = make_affine((0.5, 0.5, 7.5), directions=rotation((3.0, -11.0, 7.0)))
     assert validate_affine(affine.astype(np.float32)).dtype == np.float64
     validate_affine(np.round(affine, 4))
+
+
+def test_the_ratio_ignores_noise_in_the_spacing():
+    assert through_plane_ratio(np.diag([0.9, 0.9, 3.6000192, 1])) == 4.0
+    assert through_plane_ratio(np.diag([4.0, 1, 0.8, 1])) == 4.0
+    assert through_plane_ratio(np.diag([0.9, 0.9, 3.6, 1]), 1.2) == 3.0

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from medsr.errors import SettingError
-from medsr.transforms.slice_profile import acquisition_matrix, fwhm_in_voxels
 from medsr.transforms.thick_slices import MIN_RATIO, RandSimulateThickSlices, ThickSliceParameters
 
 __all__ = ["PrepareThickSlices"]
@@ -97,25 +96,12 @@ class PrepareThickSlices:
         target = sharp[..., start : start + count]
         phase = start + (count - 1) / 2 - (length - 1) / 2
         parameters = ThickSliceParameters(max(ratio, MIN_RATIO), drawn.thickness, drawn.profile, phase)
-        inputs = sharp @ self._matrix(parameters, length, slices).to(sharp).T
+        inputs = sharp @ torch.as_tensor(parameters.matrix(length, slices)).to(sharp).T
         if self.label_classes:
-            area = acquisition_matrix(length, slices, ratio=ratio, fwhm=ratio, profile="box", phase=phase)
-            labels = sharp[:, 1:] @ torch.as_tensor(area).to(sharp).T
+            area = torch.as_tensor(parameters.label_matrix(length, slices)).to(sharp)
+            labels = sharp[:, 1:] @ area.T
             inputs = torch.cat([inputs[:, :1], labels], dim=1)
         return self._with_noise(inputs), target, (), {"scale": ratio, "thickness": drawn.thickness}
-
-    @staticmethod
-    def _matrix(parameters: ThickSliceParameters, length: int, slices: int) -> Tensor:
-        fwhm = fwhm_in_voxels(parameters.ratio * parameters.thickness, 1.0)
-        matrix = acquisition_matrix(
-            length,
-            slices,
-            ratio=parameters.ratio,
-            fwhm=fwhm,
-            profile=parameters.profile,
-            phase=parameters.phase,
-        )
-        return torch.as_tensor(matrix)
 
     def _recontrast(self, sharp: Tensor) -> Tensor:
         """One gamma per block, on the sharp side, so that the pair stays a true pair."""

@@ -96,7 +96,7 @@ def preflight(
     network: nn.Module | None = None,
     force: bool = False,
 ) -> int:
-    """Check settings, output folder, weights and the headers of all inputs before the first voxel is read.
+    """Check output folder, weights and the headers of all inputs before the first voxel is read.
 
     Bad cases are logged here already, in milliseconds; they are left out later and the others go on. Only if no
     case is usable does the run end here.
@@ -111,7 +111,6 @@ def preflight(
     Returns:
         the number of usable cases.
     """
-    catalog.check_overrides()
     if not dataset_dir:
         raise DataError(
             "no input: set --dataset_dir to a NIfTI file, a folder of them or a DICOM series folder"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medsr.errors import SettingError
-from medsr.geometry import rescaled_size, slice_positions, spacing_of
+from medsr.geometry import rescaled_size, slice_positions, spacing_of, through_plane_ratio
 from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.metrics.volume import psnr
 from medsr.resampling import interpolation_matrix
@@ -117,24 +117,22 @@ class VolumeInferer(SliceGroupInferer):
     def _acquisition(self, inputs: Tensor) -> tuple[float, float, list[str]]:
         meta = getattr(inputs, "meta", {})
         affine = np.asarray(getattr(inputs, "affine", np.eye(4)), dtype=np.float64).reshape(-1, 4, 4)[0]
-        spacing = spacing_of(affine)
-        wanted = float(spacing[:2].max()) if self.spacing_mm is None else float(self.spacing_mm)
-        ratio = round(float(spacing[2]) / wanted, 3)
+        spacing = float(spacing_of(affine)[2])
+        ratio = through_plane_ratio(affine, self.spacing_mm, axis=2)
         if ratio < 1:
             raise SettingError(
-                f"target_spacing_mm {wanted:g} is coarser than the slices of {spacing[2]:.3g} mm; choose a smaller one"
+                f"target_spacing_mm {spacing / ratio:.3g} is coarser than the slices of {spacing:.3g} mm; "
+                "choose a smaller one"
             )
         found = meta.get("slice_thickness_mm")
         found = None if found is None else float(np.asarray(found).ravel()[0])
-        thickness = self.slice_thickness_mm or found or float(spacing[2])
+        thickness = self.slice_thickness_mm or found or spacing
         warnings = []
-        if not 0.2 <= thickness / spacing[2] <= 2:
-            warnings.append(
-                f"slice thickness {thickness:g} mm is unusual for a spacing of {spacing[2]:.3g} mm"
-            )
+        if not 0.2 <= thickness / spacing <= 2:
+            warnings.append(f"slice thickness {thickness:g} mm is unusual for a spacing of {spacing:.3g} mm")
         if ratio > 8:
             warnings.append(f"ratio {ratio:g} is beyond the 8 that the network was trained for")
-        return ratio, thickness / float(spacing[2]), warnings
+        return ratio, thickness / spacing, warnings
 
     @staticmethod
     def _interpolated(stack: Tensor, ratio: float, new_size: int, network: Callable[..., Tensor]) -> Tensor:

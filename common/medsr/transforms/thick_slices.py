@@ -74,10 +74,15 @@ class ThickSliceParameters:
             phase=self.phase,
         )
 
-    def label_matrix(self, size: int) -> npt.NDArray[np.float64]:
+    def label_matrix(self, size: int, thick_size: int | None = None) -> npt.NDArray[np.float64]:
         """Area average over the slab of one slice spacing, for labels as one-hot channels."""
         return acquisition_matrix(
-            size, self.thick_size(size), ratio=self.ratio, fwhm=self.ratio, profile="box", phase=self.phase
+            size,
+            self.thick_size(size) if thick_size is None else thick_size,
+            ratio=self.ratio,
+            fwhm=self.ratio,
+            profile="box",
+            phase=self.phase,
         )
 
 

@@ -17,7 +17,7 @@ from medsr.geometry import (
     rescaled_size,
     slice_axis,
     slice_positions,
-    spacing_of,
+    through_plane_ratio,
 )
 from medsr.resampling import interpolation_matrix
 
@@ -62,8 +62,7 @@ class ResampleThroughPlaned(MapTransform):
         for key in self.key_iterator(result):
             image = result[key]
             affine = np.asarray(image.affine, dtype=np.float64)
-            spacing = spacing_of(affine)
-            ratio = float(spacing[2] / (self.spacing_mm or spacing[:2].max()))
+            ratio = through_plane_ratio(affine, self.spacing_mm, axis=2)
             meta = {k: v for k, v in image.meta.items() if k != "affine"}
             if ratio < RATIO_LIMIT:
                 meta["sharp_axes"] = (0, 1, 2)
@@ -125,11 +124,3 @@ class UpdateGeometryd(MapTransform):
             kept = {k: v for k, v in meta.items() if k in ("sform_code", "qform_code", "filename_or_obj")}
             result[key] = MetaTensor(values, affine=torch.as_tensor(new), meta=kept)
         return result
-
-
-def through_plane_ratio(affine: np.ndarray, spacing_mm: float | None = None) -> float:
-    """Slice spacing divided by the wanted spacing (default: the coarser in-plane spacing), to three decimals."""
-    axis = slice_axis(affine, force=True)
-    spacing = spacing_of(affine)
-    wanted = float(np.delete(spacing, axis).max()) if spacing_mm is None else float(spacing_mm)
-    return round(float(spacing[axis]) / wanted, 3)

@@ -9,7 +9,7 @@ import torch
 from medsr.geometry import spacing_of
 from medsr.phantoms import ramp
 from medsr.transforms.orientation import SliceAxisLastd
-from medsr.transforms.through_plane import ResampleThroughPlaned, UpdateGeometryd, through_plane_ratio
+from medsr.transforms.through_plane import ResampleThroughPlaned, UpdateGeometryd
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
 from scipy.spatial.transform import Rotation
@@ -146,9 +146,3 @@ def test_a_chosen_spacing_decides_the_affine():
         "pred"
     ]
     np.testing.assert_allclose(spacing_of(found.affine), [1, 1, 2])
-
-
-def test_the_ratio_ignores_noise_in_the_spacing():
-    assert through_plane_ratio(np.diag([0.9, 0.9, 3.6000192, 1])) == 4.0
-    assert through_plane_ratio(np.diag([4.0, 1, 0.8, 1])) == 4.0
-    assert through_plane_ratio(np.diag([0.9, 0.9, 3.6, 1]), 1.2) == 3.0
