@@ -20,6 +20,7 @@ from medsr import catalog
 from medsr.engines.comparison import ThroughPlaneComparison, table
 from medsr.engines.runner import load_weights
 from medsr.engines.self_training import SelfTraining
+from medsr.networks.layout import channels_last
 from medsr.networks.slice_sr import SliceSRNet
 
 SUBJECTS = {
@@ -61,7 +62,7 @@ def main() -> None:
     root = catalog.bundle_root("mri_rehrseg_superres")
     settings = catalog.read_settings(root)
     network = SliceSRNet(width=settings["width"], head="uncertainty")
-    network = network.to(memory_format=torch.channels_last_3d)
+    network = channels_last(network)
     load_weights(arguments.weights or root / "models" / "model.pt", network)
     cases = [{"case": n, "image": str(arguments.data / SUBJECTS[n])} for n in arguments.subjects]
     cases = [case for case in cases if Path(case["image"]).is_file()] or _stand_in(arguments.output.parent)

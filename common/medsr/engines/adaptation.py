@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from medsr.engines.self_training import SelfTraining
-from medsr.geometry import rescaled_affine, spacing_of
 from medsr.handlers.training import save_weights
 from medsr.inferers.volume import MIN_SLICES, VolumeInferer
 
@@ -24,9 +23,10 @@ _log = logging.getLogger(__name__)
 class AdaptingInferer(VolumeInferer):
     """A volume inferer that first adapts a copy of the network to the volume, for a few minutes.
 
-    The first pass gives an isotropic estimate; blocks of it, sharp along an in-plane axis, are acquired with the
-    scan's own ratio, thickness and profile, and the network learns to undo that. The shipped weights stay as they
-    are; the adapted ones are saved on request, and serve further scans of the same protocol.
+    A network with a plane prior adapts that alone, on the native slices: their planes are sharp along both axes, so
+    that the scan's own ratio, thickness and profile make true pairs of them. A network without one adapts as a
+    whole, on blocks of a first isotropic estimate that are sharp along an in-plane axis. The shipped weights stay
+    as they are; the adapted ones are saved on request, and serve further scans of the same protocol.
 
     Args:
         training: budget and settings of the adaptation.
@@ -52,22 +52,8 @@ class AdaptingInferer(VolumeInferer):
         """Adapt to the first channel, then super-resolve all channels."""
         if inputs.shape[-1] < MIN_SLICES:
             return super().__call__(inputs, network)
-        ratio, thickness, _ = self._acquisition(inputs)
-        estimate = super().__call__(inputs, network)
-        affine = np.asarray(inputs.affine, dtype=np.float64).reshape(-1, 4, 4)[0]
-        fine = rescaled_affine(affine, 2, size=inputs.shape[-1], new_size=estimate.shape[-1], ratio=ratio)
-        image = MetaTensor(estimate[0, :1].cpu(), affine=torch.as_tensor(fine), meta={"sharp_axes": (0, 1)})
-        _log.info("adapting to the scan (spacing %s mm)", spacing_of(affine).round(3).tolist())
-        # An evaluator runs its inferer without gradients.
-        with torch.inference_mode(False), torch.enable_grad():
-            adapted = self.training(
-                network,
-                image,
-                ratio=ratio,
-                thickness=thickness,
-                profile=self.slice_profile,
-                device=inputs.device,
-            )
+        _log.info("adapting to the scan")
+        adapted = self._adapted(inputs, network)
         self._count += 1
         if self.weights_dir is not None:
             self.weights_dir.mkdir(parents=True, exist_ok=True)
@@ -75,3 +61,26 @@ class AdaptingInferer(VolumeInferer):
         result = super().__call__(inputs, adapted)
         self.facts["adaptation"] = dict(self.training.done)
         return result
+
+    def _adapted(self, inputs: Tensor, network: nn.Module) -> nn.Module:
+        ratio, thickness, _ = self._acquisition(inputs)
+        planes = getattr(network, "prior", None) is not None
+        image = inputs[0, :1] if planes else super().__call__(inputs, network)[0, :1]
+        scan = MetaTensor(torch.as_tensor(image).cpu(), meta={"sharp_axes": (0, 1)})
+        # An evaluator runs its inferer without gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            trained = self.training(
+                network.prior if planes else network,
+                scan,
+                ratio=ratio,
+                thickness=thickness,
+                profile=self.slice_profile,
+                planes=planes,
+                device=inputs.device,
+            )
+        if not planes:
+            return trained
+        adapted = copy.copy(network)
+        # A shallow copy shares everything with the shipped network but the list of its parts.
+        adapted._modules = {**network._modules, "prior": trained}
+        return adapted

@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from medsr import metrics
+from medsr.engines.adaptation import AdaptingInferer
 from medsr.engines.case_evaluator import one_line
 from medsr.engines.self_training import SelfTraining
 from medsr.geometry import rescaled_affine, spacing_of
@@ -22,6 +23,7 @@ from medsr.inferers.planes import PlaneAverageInferer
 from medsr.inferers.volume import VolumeInferer
 from medsr.io.cases import read_case
 from medsr.io.writing import write_json
+from medsr.networks.layout import channels_last
 from medsr.networks.wdsr import PlaneSRNet
 from medsr.resampling import interpolation_matrix
 from medsr.transforms.intensity import PercentileToUnitd
@@ -182,9 +184,9 @@ class ThroughPlaneComparison:
         if self.plane_minutes:
             methods["smore-like"] = lambda thick, told: self._planes(thick, assumed, told)
         if self.network is not None:
-            methods["network"] = lambda thick, told: self._network(thick, assumed, self.network)
+            methods["network"] = lambda thick, told: self._network(thick, assumed)
         if self.network is not None and self.adapt is not None:
-            methods["adapted"] = lambda thick, told: self._adapted(thick, assumed)
+            methods["adapted"] = lambda thick, told: self._network(thick, assumed, self.adapt)
         return methods
 
     @staticmethod
@@ -195,50 +197,33 @@ class ThroughPlaneComparison:
     def _planes(
         self, thick: MetaTensor, assumed: ThickSliceParameters, told: Tensor
     ) -> tuple[Tensor, npt.NDArray[np.float64]]:
-        training = SelfTraining(
-            self.plane_minutes, learning_rate=1e-3, block_size=(48, 8), planes=True, batch_size=4
-        )
+        training = SelfTraining(self.plane_minutes)
         network = training(
-            PlaneSRNet(assumed.ratio).to(memory_format=torch.channels_last),
+            channels_last(PlaneSRNet(assumed.ratio)),
             MetaTensor(thick.as_tensor(), meta={"sharp_axes": (0, 1)}),
             ratio=assumed.ratio,
             thickness=assumed.thickness,
             profile=assumed.profile,
+            planes=True,
             device=self.device,
         )
         found = PlaneAverageInferer()(thick.as_tensor()[None].to(self.device), network)[0]
         return found.cpu(), _fine_affine(thick, found.shape[-1], assumed.ratio)
 
     def _network(
-        self, thick: MetaTensor, assumed: ThickSliceParameters, network: nn.Module | None
+        self, thick: MetaTensor, assumed: ThickSliceParameters, adapt: SelfTraining | None = None
     ) -> tuple[Tensor, npt.NDArray[np.float64]]:
-        spacing = _spacing(thick)
-        inferer = VolumeInferer(
-            float(spacing[2]) / assumed.ratio,
-            float(spacing[2]) * assumed.thickness,
-            assumed.profile,
+        spacing = float(_spacing(thick)[2])
+        settings = {
+            "spacing_mm": spacing / assumed.ratio,
+            "slice_thickness_mm": spacing * assumed.thickness,
+            "slice_profile": assumed.profile,
             **self.inferer,
-        )
+        }
+        inferer = VolumeInferer(**settings) if adapt is None else AdaptingInferer(adapt, **settings)
         batch = MetaTensor(thick.as_tensor()[None].to(self.device), affine=thick.affine)
-        found = inferer(batch, network)[0].cpu()
+        found = inferer(batch, self.network)[0].cpu()
         return found, _fine_affine(thick, found.shape[-1], assumed.ratio)
-
-    def _adapted(
-        self, thick: MetaTensor, assumed: ThickSliceParameters
-    ) -> tuple[Tensor, npt.NDArray[np.float64]]:
-        assert self.adapt is not None
-        assert self.network is not None
-        estimate, affine = self._network(thick, assumed, self.network)
-        image = MetaTensor(estimate[:1], affine=torch.as_tensor(affine), meta={"sharp_axes": (0, 1)})
-        network = self.adapt(
-            self.network,
-            image,
-            ratio=assumed.ratio,
-            thickness=assumed.thickness,
-            profile=assumed.profile,
-            device=self.device,
-        )
-        return self._network(thick, assumed, network)
 
 
 def on_reference_grid(

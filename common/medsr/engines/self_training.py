@@ -66,7 +66,6 @@ class SelfTraining:
         learning_rate: highest rate of the one-cycle schedule.
         batch_size: blocks per iteration.
         block_size: ``(H, W)`` of a block.
-        planes: the network takes planes: blocks hold ``W`` native slices each.
         noise: see :class:`~medsr.engines.prepare_batch.PrepareThickSlices`.
         average_momentum: of the exponential moving average.
         seed: seed of the draws.
@@ -80,11 +79,10 @@ class SelfTraining:
         self,
         minutes: float | None = 4.5,
         iterations: int = 100_000,
-        learning_rate: float = 5e-4,
+        learning_rate: float = 3e-3,
         *,
         batch_size: int = 4,
-        block_size: Sequence[int] = (48, 48),
-        planes: bool = False,
+        block_size: Sequence[int] = (48, 8),
         noise: float = 0.005,
         average_momentum: float = 0.01,
         seed: int = 0,
@@ -92,7 +90,7 @@ class SelfTraining:
         if minutes is not None and minutes <= 0:
             raise SettingError(f"the budget must be > 0 minutes, got {minutes:g}")
         self.minutes, self.iterations, self.learning_rate = minutes, int(iterations), float(learning_rate)
-        self.batch_size, self.block_size, self.planes = int(batch_size), tuple(block_size), planes
+        self.batch_size, self.block_size = int(batch_size), tuple(block_size)
         self.noise, self.average_momentum, self.seed = float(noise), float(average_momentum), int(seed)
         self.done: dict[str, float] = {}
 
@@ -104,6 +102,7 @@ class SelfTraining:
         ratio: float,
         thickness: float,
         profile: str | tuple[float, ...] = "slr",
+        planes: bool = False,
         device: torch.device | str = "cpu",
     ) -> nn.Module:
         """Train a copy of the network.
@@ -115,21 +114,22 @@ class SelfTraining:
             ratio: slice spacing divided by the wanted spacing.
             thickness: slice thickness divided by slice spacing.
             profile: slice profile of the scan.
+            planes: the network takes planes; each of the ``W`` planes of a block is an example.
             device: where to train.
         """
         start = time.monotonic()
         torch.manual_seed(self.seed)
         network = copy.deepcopy(network).to(device).train()
         length = math.ceil(max(64, 8 * ratio))
-        sharp = [axis for axis in image.meta.get("sharp_axes", (0, 1)) if axis < 2 or not self.planes]
+        sharp = [axis for axis in image.meta.get("sharp_axes", (0, 1)) if axis < 2 or not planes]
         image = MetaTensor(image.as_tensor(), meta={"sharp_axes": tuple(sharp)})
         item = {"image": image, "foreground": torch.as_tensor(head_mask(image[0]))}
-        cut = RandSharpAxisLastd("image", (*self.block_size, length), shuffle=not self.planes)
+        cut = RandSharpAxisLastd("image", (*self.block_size, length), shuffle=not planes)
         # The loader seeds the transforms that it knows, and this one hides behind another.
         cut.set_random_state(self.seed)
         data = Dataset([item] * (self.batch_size * self.iterations), _Cut(cut))
         optimizer = torch.optim.Adam(network.parameters(), self.learning_rate, betas=(0.9, 0.99))
-        prepare = (PrepareThickPlanes if self.planes else PrepareThickSlices)(
+        prepare = (PrepareThickPlanes if planes else PrepareThickSlices)(
             (ratio, ratio),
             (thickness, thickness),
             noise=self.noise,

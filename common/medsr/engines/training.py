@@ -80,25 +80,36 @@ def training_items(
 
 
 @one_line_errors
-def start_from(path: str | Path | None, network: nn.Module) -> nn.Module:
+def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | None = None) -> nn.Module:
     """Load the initial weights, if any, before the average of the weights or other processes copy the network.
 
     Tensors of another head may be absent. A handler would load them when training starts: too late for the average,
-    which would begin at random weights.
+    which would begin at random weights. A prior that comes with weights of its own is finished: it is kept as it is,
+    so that it stays a good estimate by itself and can be adapted to a scan by itself.
 
     Args:
         path: plain state dict; None leaves the network as it is.
         network: gets the weights, and is returned.
+        prior: plain state dict of ``network.prior``, which is then not trained.
 
     Raises:
-        WeightsError: if the file cannot be read safely or does not fit.
+        WeightsError: if a file cannot be read safely or does not fit.
 
     Example:
         >>> start_from(None, nn.Linear(2, 1)).in_features
         2
     """
-    if not path:
-        return network
+    if path:
+        _fill(network, path)
+    if prior:
+        if getattr(network, "prior", None) is None:
+            raise WeightsError(f"{Path(prior).name}: this network has no prior; remove --prior_weights")
+        _fill(network.prior, prior)
+        network.prior.requires_grad_(False)
+    return network
+
+
+def _fill(network: nn.Module, path: str | Path) -> None:
     name = Path(path).name
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -115,7 +126,6 @@ def start_from(path: str | Path | None, network: nn.Module) -> nn.Module:
         raise WeightsError(f"{name}: '{wrong[0]}' has another shape than in this network; check --width")
     network.load_state_dict(state, strict=False)
     _log.info("%s: %d tensors keep their initial values", name, len(own) - len(state))
-    return network
 
 
 def rank() -> int:

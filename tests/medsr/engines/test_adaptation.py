@@ -21,17 +21,18 @@ def scan() -> MetaTensor:
     return MetaTensor(volume.unflatten(-1, (5, 4)).mean(-1), affine=affine)
 
 
-def network() -> SliceSRNet:
+def network(*, prior: bool = False) -> SliceSRNet:
     torch.manual_seed(0)
-    return SliceSRNet(0.125, head="uncertainty", branches=4)
+    return SliceSRNet(0.125, head="uncertainty", branches=4, prior=prior)
 
 
 def short() -> SelfTraining:
     return SelfTraining(None, 2, 5e-3, batch_size=1, block_size=(16, 16), average_momentum=0.5)
 
 
-def test_the_result_is_that_of_adapted_weights_and_the_facts_say_so(scan, tmp_path):
-    shipped = network()
+@pytest.mark.parametrize("prior", [False, True], ids=["whole network", "prior"])
+def test_the_result_is_that_of_adapted_weights_and_the_facts_say_so(scan, tmp_path, prior):
+    shipped = network(prior=prior)
     before = copy.deepcopy(shipped.state_dict())
     run = AdaptingInferer(short(), tmp_path / "weights", **SETTINGS)
     # An evaluator calls its inferer without gradients.
@@ -47,10 +48,20 @@ def test_the_result_is_that_of_adapted_weights_and_the_facts_say_so(scan, tmp_pa
     saved = torch.load(tmp_path / "weights" / "1_adapted.pt", weights_only=True)
     assert any(not torch.equal(saved[key], before[key]) for key in before)
     # The saved weights serve further scans: they give the same result without another training.
-    again = network()
+    again = network(prior=prior)
     again.load_state_dict(saved)
     assert torch.allclose(VolumeInferer(**SETTINGS)(scan, again), found, atol=1e-5)
     assert not torch.allclose(VolumeInferer(**SETTINGS)(scan, shipped), found, atol=1e-5)
+
+
+def test_only_the_prior_adapts_where_there_is_one(scan, tmp_path):
+    shipped = network(prior=True)
+    before = copy.deepcopy(shipped.state_dict())
+    AdaptingInferer(short(), tmp_path, **SETTINGS)(scan, shipped)
+    saved = torch.load(tmp_path / "1_adapted.pt", weights_only=True)
+    changed = {key for key in saved if not torch.equal(saved[key], before[key])}
+    assert changed
+    assert all(key.startswith("prior.") for key in changed)
 
 
 def test_every_scan_starts_from_the_shipped_weights(scan, tmp_path):

@@ -34,7 +34,7 @@ def planes_network() -> PlaneSRNet:
 
 
 def trained(
-    network: nn.Module, volume: Tensor, iterations: int, **settings
+    network: nn.Module, volume: Tensor, iterations: int, *, planes: bool = False, **settings
 ) -> tuple[nn.Module, SelfTraining]:
     training = SelfTraining(
         None,
@@ -48,7 +48,8 @@ def trained(
             **settings,
         },
     )
-    return training(network, image_of(volume), ratio=4.0, thickness=1.0, profile="box"), training
+    found = training(network, image_of(volume), ratio=4.0, thickness=1.0, profile="box", planes=planes)
+    return found, training
 
 
 def loss_of(network: nn.Module, volume: Tensor, *, planes: bool) -> float:

@@ -134,6 +134,30 @@ def test_tensors_of_another_head_may_be_absent(tmp_path):
     assert torch.equal(target["head"].weight, before)
 
 
+class WithPrior(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior, self.trunk = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+
+
+def test_a_prior_with_weights_of_its_own_is_not_trained(tmp_path):
+    source, network = torch.nn.Linear(2, 3), WithPrior()
+    torch.save(source.state_dict(), tmp_path / "prior.pt")
+    start_from(None, network, tmp_path / "prior.pt")
+    assert torch.equal(network.prior.weight, source.weight)
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == {
+        "trunk.weight",
+        "trunk.bias",
+    }
+
+
+def test_weights_of_a_prior_need_a_network_with_one(tmp_path, capsys):
+    torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "prior.pt")
+    with pytest.raises(SystemExit):
+        start_from(None, two_heads(), tmp_path / "prior.pt")
+    assert "remove --prior_weights" in capsys.readouterr().err
+
+
 def test_no_path_means_no_weights():
     network = two_heads()
     before = {key: value.clone() for key, value in network.state_dict().items()}

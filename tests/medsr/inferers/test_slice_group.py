@@ -222,3 +222,19 @@ def test_settings_out_of_range_are_named(name, value):
 def test_a_misspelt_precision_is_named_before_the_result():
     with pytest.raises(SettingError, match="half"):
         SliceGroupInferer(amp="half")(ramp(5), Positions())
+
+
+def test_a_first_estimate_is_made_once_for_the_whole_stack_and_knows_no_tiles():
+    torch.manual_seed(0)
+    network = SliceSRNet(0.125, head="uncertainty", branches=4, prior=True)
+    with torch.no_grad():
+        network.prior.readout.weights.weight.normal_(0, 0.3)
+    image = torch.rand(1, 1, 40, 24, 7)
+    with torch.inference_mode():
+        whole = network.eval()(image, scale=2.5)
+    calls = []
+    network.prior.register_forward_hook(lambda *_: calls.append(1))
+    found = inferer(tile=8, halo=0, group=2, context=0)(image, network, scale=2.5)
+    # The untrained volume network adds nothing: what is left is the estimate, with the context of whole planes.
+    assert torch.allclose(found[:, :1], whole[:, :1], atol=1e-6)
+    assert len(calls) == -(-40 // 16) + -(-24 // 16)

@@ -100,6 +100,35 @@ def test_weights_and_results_are_those_of_the_last_release(head, golden):
 
 
 @pytest.mark.parametrize("ratio", [2, 2.5, 4])
+def test_with_a_prior_the_residual_is_on_the_mean_of_both_planes(ratio):
+    torch.manual_seed(0)
+    network = SliceSRNet(0.125, prior=True).eval()
+    with torch.no_grad():
+        network.prior.readout.weights.weight.normal_(0, 0.3)
+    image = stack(6, (11, 16))
+    with torch.inference_mode():
+        found = network(image, scale=ratio)[0, 0]
+        rows = network.prior(image[0, 0].unsqueeze(1), ratio)[:, 0]
+        columns = network.prior(image[0, 0].transpose(0, 1).unsqueeze(1), ratio)[:, 0].transpose(0, 1)
+    assert not torch.allclose(rows, columns, atol=1e-3)
+    assert torch.allclose(found, (rows + columns) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"head": "plain"}, {"head": "uncertainty", "label_classes": 2}])
+@pytest.mark.parametrize("prior", [False, True])
+def test_an_estimate_that_is_known_already_gives_the_same_result(prior, settings):
+    torch.manual_seed(0)
+    network = perturbed(SliceSRNet(0.125, branches=4, prior=prior, **settings)).eval()
+    image = stack(5, channels=1 + settings.get("label_classes", 0))
+    positions = slice_positions(5, 13, 2.6)
+    with torch.inference_mode():
+        estimate = network.first_estimate(image, 2.6, 0.9, positions=positions)
+        part = slice(4, 9)
+        found = network(image, 2.6, 0.9, positions[part], estimate[..., part])
+        assert torch.allclose(found, network(image, 2.6, 0.9)[..., part], atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [2, 2.5, 4])
 def test_an_untrained_network_is_the_cubic_interpolation(ratio):
     image = stack(6, (11, 16))
     positions = slice_positions(6, rescaled_size(6, ratio), ratio)
