@@ -18,6 +18,7 @@ from medsr import metrics
 from medsr.engines.adaptation import AdaptingInferer
 from medsr.engines.case_evaluator import one_line
 from medsr.engines.self_training import SelfTraining
+from medsr.errors import MedsrError
 from medsr.geometry import rescaled_affine, spacing_of
 from medsr.inferers.planes import PlaneAverageInferer
 from medsr.inferers.volume import VolumeInferer
@@ -87,15 +88,17 @@ class ThroughPlaneComparison:
         self.plane_minutes, self.adapt, self.axis = float(plane_minutes), adapt, axis
         self.output, self.device = output, torch.device(device)
         self.rows: list[dict[str, Any]] = []
+        self.left_out: dict[str, str] = {}
 
     def run(self) -> list[dict[str, Any]]:
         """Compare, log and write the table; return one row per case, setting and method."""
-        self.rows = []
+        self.rows, self.left_out = [], {}
         for case in self.cases:
             try:
                 volume = self._volume(case["image"])
             except Exception as error:
-                _log.error("%s: left out: %s", case["case"], one_line(error))
+                self.left_out[case["case"]] = one_line(error)
+                _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
                 continue
             for ratio in self.ratios:
                 for gap in self.gaps:
@@ -105,9 +108,15 @@ class ThroughPlaneComparison:
             _log.info("\n%s", table(self.rows))
         return self.rows
 
+    def finish(self) -> None:
+        """End the process with a non-zero status if a volume was left out."""
+        if self.left_out:
+            _log.error("%d of %d volumes left out", len(self.left_out), len(self.cases))
+            raise SystemExit(MedsrError.exit_code)
+
     def _write(self) -> None:
         if self.output:
-            write_json(self.output, {"protocol": PROTOCOL, "rows": self.rows})
+            write_json(self.output, {"protocol": PROTOCOL, "rows": self.rows, "left_out": self.left_out})
 
     def _volume(self, path: str) -> MetaTensor:
         """Unit intensities, slice axis last."""

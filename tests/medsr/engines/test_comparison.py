@@ -142,10 +142,22 @@ def test_an_unreadable_case_is_left_out(phantom, tmp_path, caplog):
         {"image": str(tmp_path / "bad.nii.gz"), "case": "bad"},
         {"image": str(phantom), "case": "head"},
     ]
+    comparison = ThroughPlaneComparison(cases, None, output=tmp_path / "out.json")
     with caplog.at_level(logging.ERROR):
-        found = ThroughPlaneComparison(cases, None).run()
+        found = comparison.run()
+        with pytest.raises(SystemExit) as stop:
+            comparison.finish()
     assert {row["case"] for row in found} == {"head"}
     assert caplog.records[0].getMessage().startswith("bad: left out: bad.nii.gz")
+    assert caplog.records[-1].getMessage() == "1 of 2 volumes left out"
+    assert stop.value.code == 1
+    assert list(json.loads((tmp_path / "out.json").read_text())["left_out"]) == ["bad"]
+
+
+def test_a_comparison_of_all_volumes_ends_well(phantom):
+    comparison = ThroughPlaneComparison([{"image": str(phantom), "case": "head"}], None)
+    comparison.run()
+    comparison.finish()
 
 
 def test_an_origin_that_was_not_moved_loses_decibels():
