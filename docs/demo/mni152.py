@@ -17,6 +17,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "demo"
+RESULTS = (
+    "mni152_4mm_superres.nii.gz",
+    "mni152_4mm_uncertainty.nii.gz",
+    "mni152_4mm_qc.png",
+    "report.json",
+)
 CONFIG = ROOT / "bundles" / "mri_rehrseg_superres" / "configs" / "inference.json"
 
 
@@ -45,6 +51,8 @@ def main() -> None:
     write_nifti(folder / "mni152_4mm.nii.gz", np.asarray(thick[0]), affine=np.asarray(thick.affine))
     print(f"input: {folder / 'mni152_4mm.nii.gz'}: {tuple(thick.shape[1:])} voxels of 1 x 1 x 4 mm")
 
+    for name in RESULTS:
+        (OUTPUT / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIG)]
     command += ["--dataset_dir", str(folder), "--output_dir", str(OUTPUT)]
     print(
@@ -73,12 +81,7 @@ def main() -> None:
         )[0]
         print(f"  {name:20s} {metrics.psnr(grid, truth, data_range=high - low, mask=mask):6.2f} dB")
     print("\nlook at:")
-    for name in (
-        "mni152_4mm_superres.nii.gz",
-        "mni152_4mm_uncertainty.nii.gz",
-        "mni152_4mm_qc.png",
-        "report.json",
-    ):
+    for name in RESULTS:
         print(f"  {OUTPUT / name}")
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from medsr import catalog
 from medsr.errors import DataError, MedsrError, WeightsError
 from medsr.geometry import slice_axis
+from medsr.handlers.case_output import CaseOutput
 from medsr.io.cases import find_cases, inspect_case
 from medsr.io.writing import probe_folder
 
@@ -95,6 +96,7 @@ def preflight(
     weights: str | Path | None = None,
     network: nn.Module | None = None,
     force: bool = False,
+    output: CaseOutput | None = None,
 ) -> int:
     """Check output folder, weights and the headers of all inputs before the first voxel is read.
 
@@ -107,6 +109,7 @@ def preflight(
         weights: plain state dict that must fit the network.
         network: see ``weights``.
         force: accept near-isotropic inputs.
+        output: the writer of the results; results of an earlier run are then refused unless it may replace them.
 
     Returns:
         the number of usable cases.
@@ -117,6 +120,8 @@ def preflight(
         )
     cases = find_cases(dataset_dir)
     probe_folder(output_dir)
+    if output is not None:
+        output.refuse_existing([case["case"] for case in cases])
     if weights is not None and network is not None:
         check_weights(weights, network)
     reasons = []

@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 
 import medsr
-from medsr.errors import MedsrError
+from medsr.errors import MedsrError, OutputError
 from medsr.geometry import slice_axis, slice_positions, spacing_of, to_slice_last
 from medsr.handlers.qc_figure import draw_qc
 from medsr.io.writing import write_figure, write_json, write_nifti
@@ -44,6 +44,7 @@ class CaseOutput:
         output_dir: folder of the results.
         suffixes: result key to file suffix: ``<case>_<suffix>.nii.gz``.
         figure: also draw ``<case>_qc.png``.
+        overwrite: replace volumes of an earlier run.
 
     Example:
         >>> sorted(CaseOutput("out").suffixes.values())
@@ -51,15 +52,34 @@ class CaseOutput:
     """
 
     def __init__(
-        self, output_dir: str | Path, suffixes: Mapping[str, str] | None = None, figure: bool = True
+        self,
+        output_dir: str | Path,
+        suffixes: Mapping[str, str] | None = None,
+        figure: bool = True,
+        *,
+        overwrite: bool = False,
     ) -> None:
-        self.output_dir, self.figure = Path(output_dir), figure
+        self.output_dir, self.figure, self.overwrite = Path(output_dir), figure, overwrite
         self.suffixes = dict(suffixes or {"pred": "superres", "uncertainty": "uncertainty"})
         self.written: dict[str, list[str]] = {}
 
     def attach(self, engine: Engine) -> None:
         """Register behind the postprocessing."""
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
+
+    def refuse_existing(self, cases: Sequence[str]) -> None:
+        """Refuse to replace volumes of an earlier run, before hours of computing, unless told to.
+
+        Raises:
+            OutputError: if a volume of one of the cases exists.
+        """
+        names = [f"{case}_{suffix}.nii.gz" for case in cases for suffix in self.suffixes.values()]
+        existing = [name for name in names if (self.output_dir / name).exists()]
+        if existing and not self.overwrite:
+            raise OutputError(
+                f"{existing[0]}: is there already ({len(existing)} of {len(names)} results); "
+                "choose another output folder or set overwrite to true"
+            )
 
     def __call__(self, engine: Engine) -> None:
         """Write the case that was just processed."""

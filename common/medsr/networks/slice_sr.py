@@ -48,6 +48,10 @@ class SliceSRNet(nn.Module):
     resolution beside it learn the fine detail several times sooner. The output is a residual on the cubic
     B-spline interpolation of the same field of view; no tanh, no subtracted mean.
 
+    With ``prior`` the residual is on the mean of a :class:`~medsr.networks.plane_prior.PlanePrior` over the planes
+    of both in-plane axes instead. That small network learns from far fewer examples, and is what adapts to a scan;
+    the volume network adds what single planes cannot show, and the uncertainty.
+
     With ``head="uncertainty"`` the read-out is the multi-branch attention of REHRSeg: the residual is the
     attention-weighted sum of ``branches`` candidates, and the expected absolute error is read from the attention.
 
