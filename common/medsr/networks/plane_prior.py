@@ -76,7 +76,7 @@ class PlanePrior(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(channels, channels * expansion, 3, padding=1),
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
                 nn.Conv2d(channels * expansion, channels, 3, padding=1),
             )
             for _ in range(blocks)

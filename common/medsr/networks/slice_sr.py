@@ -31,6 +31,9 @@ __all__ = ["SliceSRNet", "convert_flavr"]
 _STAGES = (64, 64, 128, 256, 512)
 """Channels at width 1: stem and four residual stages."""
 
+_PIXELS_AT_ONCE = 40_000
+"""Pixels that pass the plane prior together: measured on a CPU, a third faster than ten times as many."""
+
 _MIN_UNCERTAINTY, _MAX_UNCERTAINTY = 1e-3, 1.0
 """Bounds of the predicted absolute error, in units of the normalised intensity range: without the lower one the
 loss ``e / U + ln U`` has no minimum where the error is zero (background)."""
@@ -256,8 +259,11 @@ class SliceSRNet(nn.Module):
         assert self.prior is not None
         planes = stack.flatten(0, 1).unsqueeze(1)
         # Few planes at a time stay in the processor's cache; with gradients nothing is saved by it.
-        parts = planes.split(len(planes) if torch.is_grad_enabled() else 16)
-        fine = torch.cat([self.prior(part, scale, thickness, positions) for part in parts])
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.prior.parameters())
+        few = max(1, _PIXELS_AT_ONCE // (planes.shape[-2] * planes.shape[-1]))
+        with torch.set_grad_enabled(learns):
+            parts = planes.split(len(planes) if learns else few)
+            fine = torch.cat([self.prior(part, scale, thickness, positions) for part in parts])
         return fine[:, 0].unflatten(0, stack.shape[:2])
 
     def _skip(self, stack: Tensor, positions: np.ndarray, estimate: Tensor) -> Tensor:

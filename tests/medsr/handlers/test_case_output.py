@@ -289,7 +289,9 @@ def test_no_folder_and_no_content_is_in_the_report(scans, tmp_path, caplog):
 def test_results_of_an_earlier_run_are_not_replaced_unless_wanted(tmp_path):
     (tmp_path / "b_uncertainty.nii.gz").write_bytes(b"earlier")
     CaseOutput(tmp_path).refuse_existing(["a"])
-    with pytest.raises(OutputError, match=r"b_uncertainty.nii.gz: is there already \(1 of 4 results\)") as error:
+    with pytest.raises(
+        OutputError, match=r"b_uncertainty.nii.gz: is there already \(1 of 4 results\)"
+    ) as error:
         CaseOutput(tmp_path).refuse_existing(["a", "b"])
     assert "overwrite" in str(error.value)
     CaseOutput(tmp_path, overwrite=True).refuse_existing(["a", "b"])
