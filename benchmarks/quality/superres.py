@@ -16,12 +16,10 @@ import platform
 from pathlib import Path
 
 import torch
-from medsr import catalog
 from medsr.engines.comparison import ThroughPlaneComparison, table
-from medsr.engines.runner import load_weights
 from medsr.engines.self_training import SelfTraining
-from medsr.networks.layout import channels_last
-from medsr.networks.slice_sr import SliceSRNet
+
+from benchmarks.shipped import settings, shipped_network
 
 SUBJECTS = {
     "glioma-t1c-3": "mri/brats2013/pat0003/T1c_subtrMeanDivStd.nii.gz",
@@ -59,11 +57,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("ignite").setLevel(logging.WARNING)
 
-    root = catalog.bundle_root("mri_rehrseg_superres")
-    settings = catalog.read_settings(root)
-    network = SliceSRNet(width=settings["width"], head="uncertainty")
-    network = channels_last(network)
-    load_weights(arguments.weights or root / "models" / "model.pt", network)
+    chosen = settings()
     cases = [{"case": n, "image": str(arguments.data / SUBJECTS[n])} for n in arguments.subjects]
     cases = [case for case in cases if Path(case["image"]).is_file()] or _stand_in(arguments.output.parent)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +66,8 @@ def main() -> None:
     )
     rows = ThroughPlaneComparison(
         cases,
-        network,
-        {"consistency": arguments.consistency, "group": settings["group"], "tile": settings["tile"]},
+        shipped_network(arguments.weights),
+        {"consistency": arguments.consistency, "group": chosen["group"], "tile": chosen["tile"]},
         ratios=arguments.ratios,
         gaps=arguments.gaps,
         profile=arguments.profile,

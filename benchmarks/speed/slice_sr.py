@@ -19,13 +19,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from medsr import catalog
 from medsr.geometry import slice_positions
 from medsr.inferers.precision import native_bfloat16
 from medsr.inferers.slice_group import SliceGroupInferer
-from medsr.networks.slice_sr import SliceSRNet
 from medsr.resampling import interpolation_matrix, resample_last_axis
 from torch import nn
+
+from benchmarks.shipped import naive_network, settings, shipped_network
 
 
 def main() -> None:
@@ -35,16 +35,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, default=[240, 240, 40])
     parser.add_argument("--skip-volume", action="store_true")
     arguments = parser.parse_args()
-    settings = catalog.read_settings(catalog.bundle_root("mri_rehrseg_superres"))
     print(
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}"
     )
     torch.set_num_threads(1)
     interpolation(arguments.rounds)
-    layouts(arguments.rounds, settings)
+    layouts(arguments.rounds)
     if not arguments.skip_volume:
         memory(arguments.size)
-        volume(arguments.size, settings)
+        volume(arguments.size)
 
 
 def interpolation(rounds: int) -> None:
@@ -66,13 +65,10 @@ def interpolation(rounds: int) -> None:
     print(f"    largest difference {difference:.1e} of a range of 1")
 
 
-def layouts(rounds: int, settings: dict[str, object]) -> None:
+def layouts(rounds: int) -> None:
     """The shipped network on a window: naive form, our form, and the convolution probe."""
     window = torch.rand(2, 1, 64, 64, 12)
-    naive = SliceSRNet(width=settings["width"], head="uncertainty").eval()
-    ours = SliceSRNet(width=settings["width"], head="uncertainty").eval()
-    ours.load_state_dict(naive.state_dict())
-    ours = ours.to(memory_format=torch.channels_last_3d)
+    naive, ours = naive_network(), shipped_network()
     probe = nn.Conv3d(16, 16, 3, padding=1).to(memory_format=torch.channels_last_3d)
     block = torch.rand(2, 16, 12, 64, 64).to(memory_format=torch.channels_last_3d)
 
@@ -95,11 +91,9 @@ def memory(size: list[int]) -> None:
     """Peak memory of the inferer over its output, in a process of its own."""
     code = (
         "import resource, torch;"
-        "from medsr import catalog; from medsr.inferers.slice_group import SliceGroupInferer;"
-        "from medsr.networks.slice_sr import SliceSRNet;"
-        "s = catalog.read_settings(catalog.bundle_root('mri_rehrseg_superres'));"
-        "n = SliceSRNet(width=s['width'], head='uncertainty')"
-        ".to(memory_format=torch.channels_last_3d).eval();"
+        "from medsr.inferers.slice_group import SliceGroupInferer;"
+        "from benchmarks.shipped import settings, shipped_network;"
+        "s, n = settings(), shipped_network();"
         f"x = torch.rand(1, 1, {size[0]}, {size[1]}, {size[2]});"
         "i = SliceGroupInferer(group=s['group'], tile=s['tile'], amp='float32');"
         "i(x[..., :64, :64, :8], n, scale=4.0);"
@@ -114,12 +108,11 @@ def memory(size: list[int]) -> None:
     print(f"peak memory of network and inferer / output ({float(output):.0f} MiB): {float(ratio):.2f}")
 
 
-def volume(size: list[int], settings: dict[str, object]) -> None:
+def volume(size: list[int]) -> None:
     """Wall time of a whole volume on all threads, with the time of twice the slices."""
     torch.set_num_threads(2)
-    network = SliceSRNet(width=settings["width"], head="uncertainty")
-    network = network.to(memory_format=torch.channels_last_3d).eval()
-    inferer = SliceGroupInferer(group=settings["group"], tile=settings["tile"])
+    network, chosen = shipped_network(), settings()
+    inferer = SliceGroupInferer(group=chosen["group"], tile=chosen["tile"])
     times = []
     for depth in (size[2] // 2, size[2]):
         stack = torch.rand(1, 1, size[0], size[1], depth)

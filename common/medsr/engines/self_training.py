@@ -79,7 +79,7 @@ class SelfTraining:
         self,
         minutes: float | None = 4.5,
         iterations: int = 100_000,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 2e-3,
         *,
         batch_size: int = 4,
         block_size: Sequence[int] = (48, 8),

@@ -66,7 +66,7 @@ class SliceGroupInferer(Inferer):
         context: int = 3,
         tile: int | None = 96,
         *,
-        halo: int = 16,
+        halo: int = 8,
         batch: int = 2,
         amp: str = "auto",
         both_directions: bool = False,
