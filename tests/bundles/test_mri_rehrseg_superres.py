@@ -461,6 +461,22 @@ def test_adaptation_changes_the_result_and_not_the_bundle(
     )
 
 
+def test_results_of_an_earlier_run_are_replaced_only_when_asked(
+    thick: Path, tmp_path: Path, medsr: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    assert medsr(thick, out=out, settings=("figure=false",))[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    status, lines = medsr(thick, out=out, settings=("figure=false", "consistency=0"))
+    assert status != 0
+    assert len(lines) == 1
+    assert "head_superres.nii.gz" in lines[0]
+    assert "overwrite" in lines[0]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert medsr(thick, out=out, settings=("figure=false", "consistency=0", "overwrite=true"))[0] == 0
+    assert (out / "head_superres.nii.gz").read_bytes() != before["head_superres.nii.gz"]
+
+
 def test_comparison_has_one_row_per_method(
     sharp: Path, tmp_path: Path, medsr: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -470,10 +486,11 @@ def test_comparison_has_one_row_per_method(
     status, lines = medsr(
         sharp.parent, out=out, config=("inference.json", "evaluate.json"), settings=settings
     )
-    assert status == 0, lines
-    assert [record.message.partition(":")[0] for record in caplog.records if record.levelname == "ERROR"] == [
-        "junk"
-    ]
+    # The others are compared, but a script must not take the table for complete.
+    assert status == 1, lines
+    errors = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert errors[0].startswith("junk: left out: junk.nii.gz")
+    assert errors[1:] == ["1 of 2 volumes left out"]
     content = json.loads((out / "comparison.json").read_text())
     assert "psnr-head-v1" in content["protocol"]
     methods = ["nearest", "linear", "cubic", "smore-like", "network", "adapted"]
