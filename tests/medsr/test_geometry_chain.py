@@ -130,7 +130,8 @@ def superres(thick: MetaTensor, **settings: Any) -> tuple[MetaTensor, VolumeInfe
         ]
     )
     batch = list_data_collate([preprocessing({"image": thick})])
-    inferer = VolumeInferer(**{"slice_profile": "slr", "amp": "float32", "group": 12, "tile": 96, **settings})
+    sizes = {key: json.loads(CONFIG.read_text(encoding="utf-8"))[key] for key in ("group", "tile")}
+    inferer = VolumeInferer(**{"slice_profile": "slr", "amp": "float32", **sizes, **settings})
     batch["pred"] = inferer(batch["image"], Cubic())
     (item,) = decollate_batch(batch)
     return postprocessing(item)["pred"], inferer

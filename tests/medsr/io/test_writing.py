@@ -217,8 +217,10 @@ def test_full_disk_leaves_nothing_behind(tmp_path):
     assert (tmp_path / "b.nii.gz").read_text() == "old"
 
 
+# A shell ignores SIGINT for its background jobs, and children inherit that: here Ctrl-C is to be heard.
 KILLED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from medsr.io.writing import atomic_path
 with atomic_path(sys.argv[1] + "/a.nii.gz") as temporary:
     temporary.write_bytes(b"half")
