@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medsr.engines.runner import one_line_errors
 from medsr.errors import DataError, WeightsError
@@ -80,17 +80,25 @@ def training_items(
 
 
 @one_line_errors
-def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | None = None) -> nn.Module:
+def start_from(
+    path: str | Path | None,
+    network: nn.Module,
+    prior: str | Path | None = None,
+    *,
+    keep_prior: bool = False,
+) -> nn.Module:
     """Load the initial weights, if any, before the average of the weights or other processes copy the network.
 
     Tensors of another head may be absent. A handler would load them when training starts: too late for the average,
     which would begin at random weights. A prior that comes with weights of its own is finished: it is kept as it is,
-    so that it stays a good estimate by itself and can be adapted to a scan by itself.
+    so that it stays a good estimate by itself and can be adapted to a scan by itself. A network with labels may
+    start from one without: until it is trained it treats the image as that one did, and ignores the labels.
 
     Args:
         path: plain state dict; None leaves the network as it is.
         network: gets the weights, and is returned.
         prior: plain state dict of ``network.prior``, which is then not trained.
+        keep_prior: do not train the prior that ``path`` brings.
 
     Raises:
         WeightsError: if a file cannot be read safely or does not fit.
@@ -105,6 +113,7 @@ def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | 
         if getattr(network, "prior", None) is None:
             raise WeightsError(f"{Path(prior).name}: this network has no prior; remove --prior_weights")
         _fill(network.prior, prior)
+    if prior or (keep_prior and getattr(network, "prior", None) is not None):
         network.prior.requires_grad_(False)
     return network
 
@@ -121,11 +130,23 @@ def _fill(network: nn.Module, path: str | Path) -> None:
     unknown = [key for key in state if key not in own]
     if unknown:
         raise WeightsError(f"{name}: unknown tensor '{unknown[0]}'; made for another network")
+    if getattr(network, "label_classes", 0):
+        state = {key: _with_zeros(tensor, own[key].shape) for key, tensor in state.items()}
     wrong = [key for key in state if state[key].shape != own[key].shape]
     if wrong:
         raise WeightsError(f"{name}: '{wrong[0]}' has another shape than in this network; check --width")
     network.load_state_dict(state, strict=False)
     _log.info("%s: %d tensors keep their initial values", name, len(own) - len(state))
+
+
+def _with_zeros(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Add zeros behind the axis that is longer in ``shape``: the channels of labels follow those of the image."""
+    longer = [axis for axis, (old, new) in enumerate(zip(tensor.shape, shape, strict=False)) if new > old]
+    if tensor.ndim != len(shape) or len(longer) != 1:
+        return tensor
+    size = list(tensor.shape)
+    size[longer[0]] = shape[longer[0]] - tensor.shape[longer[0]]
+    return torch.cat([tensor, tensor.new_zeros(size)], dim=longer[0])
 
 
 def rank() -> int:

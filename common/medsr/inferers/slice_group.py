@@ -129,15 +129,19 @@ class SliceGroupInferer(Inferer):
                     [estimate[..., row.read, column.read, thin] for row, column in pair]
                 )
 
+            # PyTorch gives small 3D convolutions on one sample to a kernel several times slower than for two.
+            lonely = len(parts) == 1 and parts.device.type == "cpu"
+            if lonely:
+                parts = parts.expand(2, *parts.shape[1:])
+                extra = {k: v.expand(2, *v.shape[1:]) if torch.is_tensor(v) else v for k, v in extra.items()}
+
             def run(x: Tensor, extra: dict[str, Any] = extra) -> Tensor:
                 return network(x, **settings, **extra)
 
             if dtype is None:
                 dtype = self.used_dtype = choose_precision(self.amp, run, parts)
-            # PyTorch gives small 3D convolutions on one sample to a kernel several times slower than for two.
-            lonely = len(parts) == 1 and parts.device.type == "cpu"
             with torch.autocast(stack.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                found = run(parts.expand(2, *parts.shape[1:]))[:1] if lonely else run(parts)
+                found = run(parts)[:1] if lonely else run(parts)
             if result is None:
                 shape = (len(stack), found.shape[1], height, width, len(positions))
                 result = torch.empty(shape, dtype=torch.float32, device=stack.device)

@@ -37,11 +37,13 @@ class VolumeInferer(SliceGroupInferer):
         slice_thickness_mm: overrides what the file says.
         slice_profile: ``slr``, ``gaussian``, ``box``, ``slr-legacy``, a file of taps, or the taps.
         consistency: share of the explainable difference that is added back; 0 leaves the network's result.
+        label_channels: how many of the last input channels are labels, super-resolved together with the one image.
         **settings: of :class:`~medsr.inferers.slice_group.SliceGroupInferer`.
 
     Shape:
         ``(1, C, H, W, D)``, slices last, intensities about [0, 1], to ``(1, C * K, H, W, D')`` with the ``K``
-        output channels of the network: all images first, then all uncertainties.
+        output channels of the network: all images first, then all uncertainties. With labels: image, label
+        probabilities, uncertainty.
 
     Raises:
         SettingError: if a setting is out of range.
@@ -58,6 +60,7 @@ class VolumeInferer(SliceGroupInferer):
         slice_profile: str | Sequence[float] = "slr",
         *,
         consistency: float = 1.0,
+        label_channels: int = 0,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
@@ -67,6 +70,7 @@ class VolumeInferer(SliceGroupInferer):
         if not 0 <= consistency <= 1:
             raise SettingError(f"consistency must lie in [0, 1], got {consistency}")
         self.spacing_mm, self.slice_thickness_mm = spacing_mm, slice_thickness_mm
+        self.label_channels = int(label_channels)
         self.slice_profile, self.consistency = as_profile(slice_profile), float(consistency)
         self.profile_name = Path(slice_profile).name if isinstance(slice_profile, str) else "taps"
         self.facts: dict[str, Any] = {}
@@ -87,17 +91,19 @@ class VolumeInferer(SliceGroupInferer):
         }
         images, extras = [], []
         acquire = self.acquisition(new_size, size, ratio, thickness)
-        for channel in range(stack.shape[1]):
-            one = stack[:, channel : channel + 1]
+        labels = self.label_channels
+        if labels and stack.shape[1] != 1 + labels:
+            raise SettingError(f"one image and {labels} label channels are needed, got {stack.shape[1]} channels")
+        for one in [stack] if labels else stack.split(1, dim=1):
             if size < MIN_SLICES:
                 found = self._interpolated(one, ratio, new_size, network)
             else:
                 found = super().__call__(one, network, scale=ratio, thickness=thickness)
             image = found[:, :1]
             if self.consistency:
-                image = consistent(image, one, acquire, share=self.consistency)
+                image = consistent(image, one[:, :1], acquire, share=self.consistency)
             images.append(image)
-            extras.append(found[:, 1:])
+            extras += [found[:, 1 : 1 + labels].sigmoid(), found[:, 1 + labels :]]
         if size < MIN_SLICES:
             facts["method"] = "cubic interpolation"
             warnings.append(f"only {size} slices: interpolated, the network needs {MIN_SLICES}")
@@ -140,10 +146,11 @@ class VolumeInferer(SliceGroupInferer):
         positions = slice_positions(size, new_size, ratio)
         matrices = [interpolation_matrix(size, positions, kind=kind) for kind in ("cubic", "nearest")]
         cubic, nearest = (stack.float() @ torch.as_tensor(m.T).to(stack) for m in matrices)
+        parts = [cubic[:, :1], cubic[:, 1:].clamp(0.01, 0.99).logit()]
         # Without a network the local contrast between the slices is the best guess of the error.
-        return (
-            torch.cat([cubic, (cubic - nearest).abs()], dim=1) if getattr(network, "branches", 0) else cubic
-        )
+        if getattr(network, "branches", 0):
+            parts.append((cubic - nearest)[:, :1].abs())
+        return torch.cat(parts, dim=1)
 
     @staticmethod
     def _consistency_db(image: Tensor, stack: Tensor, acquire: Tensor) -> float:

@@ -15,7 +15,7 @@ from medsr.errors import DataError
 from medsr.io.dicom import is_dicom_series, read_series, read_series_header
 from medsr.io.nifti import VolumeHeader, read_nifti, read_nifti_header
 
-__all__ = ["case_name", "find_cases", "inspect_case", "read_case"]
+__all__ = ["case_name", "find_cases", "find_labelled_cases", "inspect_case", "read_case"]
 
 _SUFFIXES = (".nii.gz", ".nii")
 _NAME_LIMIT = 100
@@ -57,6 +57,50 @@ def find_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
                 f"{other.name} and {path.name} have the same case name {name}; rename one of them"
             )
         items.append({"image": str(path.absolute()), "case": name})
+    return items
+
+
+def find_labelled_cases(folder: PathLike, leave_out: Sequence[str] = ()) -> list[dict[str, str]]:
+    """List the cases of a folder with ``images/`` and ``labels/``, which hold files of equal names.
+
+    Args:
+        folder: the folder of both.
+        leave_out: names of cases that are kept for validation or test.
+
+    Returns:
+        items ``{"image": path, "label": path, "case": name}``.
+
+    Raises:
+        DataError: if a folder or a partner is missing, a name to leave out is unknown, or no case is left.
+
+    Example:
+        >>> find_labelled_cases("no-such-folder")
+        Traceback (most recent call last):
+        medsr.errors.DataError: no-such-folder: no folder 'images' in it; a labelled folder holds images/ and labels/
+    """
+    root = Path(folder).expanduser()
+    for part in ("images", "labels"):
+        if not (root / part).is_dir():
+            raise DataError(
+                f"{root.name}: no folder '{part}' in it; a labelled folder holds images/ and labels/"
+            )
+    images, labels = (
+        {item["case"]: item["image"] for item in find_cases(root / part)} for part in ("images", "labels")
+    )
+    alone = sorted(set(images) ^ set(labels))
+    if alone:
+        where = "labels" if alone[0] in images else "images"
+        raise DataError(f"{root.name}: {alone[0]} has no partner in {where}/; names must be equal")
+    unknown = sorted(set(leave_out) - set(images))
+    if unknown:
+        raise DataError(f"{root.name}: {unknown[0]} is to be left out, but there is no such case")
+    items = [
+        {"image": path, "label": labels[case], "case": case}
+        for case, path in images.items()
+        if case not in leave_out
+    ]
+    if not items:
+        raise DataError(f"{root.name}: no case is left after {len(leave_out)} were left out")
     return items
 
 

@@ -119,6 +119,7 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         size: block size ``(H, W, L)``, ``L`` along the sharp axis. A volume that is smaller is padded by its edge.
         foreground: smallest share of foreground voxels; after ten draws the best block is taken.
         shuffle: exchange the first two axes at random.
+        label_key: a mask; every second block is the best of ten in how much of the mask it holds.
 
     Shape:
         ``(C, X, Y, Z)`` to ``(C, H, W, L)``.
@@ -136,11 +137,13 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         foreground: float = 0.3,
         *,
         shuffle: bool = True,
+        label_key: str | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)
         self.size, self.foreground, self.shuffle = tuple(int(s) for s in size), float(foreground), shuffle
+        self.label_key = label_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Cut the same block from every key."""
@@ -149,7 +152,11 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         first = result[keys[0]]
         mask = result.get("foreground")
         mask = torch.as_tensor(head_mask(first[0])) if mask is None else torch.as_tensor(mask)
-        order, block = self._draw(first, mask)
+        share = self.foreground
+        if self.label_key is not None and self.R.random() < 0.5:
+            label = torch.as_tensor(result[self.label_key]).amax(dim=0) > 0
+            mask, share = (label, 1.0) if label.any() else (mask, share)
+        order, block = self._draw(first, mask, share)
         flips = [axis + 1 for axis in range(3) if self.R.random() < 0.5]
         for key in keys:
             values = result[key].as_tensor() if isinstance(result[key], MetaTensor) else result[key]
@@ -158,7 +165,7 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
             result[key] = values.contiguous()
         return result
 
-    def _draw(self, image: Tensor, mask: Tensor) -> tuple[list[int], tuple[slice, ...]]:
+    def _draw(self, image: Tensor, mask: Tensor, wanted: float) -> tuple[list[int], tuple[slice, ...]]:
         meta = image.meta if isinstance(image, MetaTensor) else {}
         sharp = [int(axis) for axis in meta.get("sharp_axes", (0, 1, 2))]
         best: tuple[float, list[int], tuple[slice, ...]] | None = None
@@ -172,7 +179,7 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
             share = float(mask.permute(order)[block][::4, ::4, ::4].float().mean())
             if best is None or share > best[0]:
                 best = (share, order, block)
-            if share >= self.foreground:
+            if share >= wanted:
                 break
         assert best is not None
         return best[1], best[2]

@@ -14,6 +14,7 @@ from medsr.engines.training import (
     training_items,
 )
 from medsr.errors import DataError, WeightsError
+from medsr.networks.slice_sr import SliceSRNet
 
 
 @pytest.fixture
@@ -156,6 +157,35 @@ def test_weights_of_a_prior_need_a_network_with_one(tmp_path, capsys):
     with pytest.raises(SystemExit):
         start_from(None, two_heads(), tmp_path / "prior.pt")
     assert "remove --prior_weights" in capsys.readouterr().err
+
+
+def test_a_prior_may_be_kept_as_the_weights_bring_it(tmp_path):
+    source, network = WithPrior(), WithPrior()
+    torch.save(source.state_dict(), tmp_path / "start.pt")
+    start_from(tmp_path / "start.pt", network, keep_prior=True)
+    assert torch.equal(network.prior.weight, source.prior.weight)
+    assert not network.prior.weight.requires_grad
+    assert network.trunk.weight.requires_grad
+
+
+@pytest.mark.parametrize("head", ["plain", "uncertainty"])
+def test_a_network_with_labels_starts_as_the_one_without(tmp_path, head):
+    torch.manual_seed(0)
+    source = SliceSRNet(0.125, head=head, prior=True)
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    network = SliceSRNet(0.125, 2, head, prior=True)
+    torch.save(source.state_dict(), tmp_path / "start.pt")
+    start_from(tmp_path / "start.pt", network)
+    stack = torch.rand(1, 3, 16, 16, 4)
+    with torch.no_grad():
+        before, after = source(stack[:, :1]), network(stack)
+    assert torch.allclose(after[:, :1], before[:, :1], atol=1e-5)
+    assert torch.allclose(after[:, 3:], before[:, 1:], atol=1e-5)
+    # The labels start as their linear interpolation.
+    assert torch.allclose(
+        after[:, 1:3].sigmoid().mean(-1), stack[:, 1:].clamp(0.01, 0.99).mean(-1), atol=0.02
+    )
 
 
 def test_no_path_means_no_weights():

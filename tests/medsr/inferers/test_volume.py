@@ -253,3 +253,24 @@ def test_the_facts_name_the_profile_without_its_folder(tmp_path):
     run(scan(), Recorder())
     assert "profile.txt" in run.facts["slice_profile"]
     assert str(tmp_path) not in run.facts["slice_profile"]
+
+
+@pytest.mark.parametrize("depth", [MIN_SLICES - 1, 6])
+def test_labels_pass_together_with_their_image(depth):
+    network = SliceSRNet(0.125, label_classes=2, head="uncertainty").eval()
+    volume = scan(depth, channels=3)
+    volume[:, 1:] = (volume[:, 1:] > 0.5).float()
+    found = inferer(label_channels=2)(volume, network)
+    assert found.shape == (1, 4, 16, 12, depth * 4)
+    labels = found[:, 1:3]
+    assert float(labels.min()) >= 0
+    assert float(labels.max()) <= 1
+    # Untrained, each thick slice's mean stays near the mask that was drawn on it.
+    assert float((labels.unflatten(-1, (depth, 4)).mean(-1) - volume[:, 1:].as_tensor()).abs().mean()) < 0.25
+    alone = inferer()(scan(depth), SliceSRNet(0.125, head="uncertainty").eval())
+    assert alone.shape[1] == 2
+
+
+def test_labels_that_are_missing_are_asked_for():
+    with pytest.raises(SettingError, match="one image and 2 label channels are needed, got 1"):
+        inferer(label_channels=2)(scan(), SliceSRNet(0.125, label_classes=2))

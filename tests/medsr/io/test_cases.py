@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from medsr.errors import DataError
-from medsr.io.cases import case_name, find_cases, inspect_case, read_case
+from medsr.io.cases import case_name, find_cases, find_labelled_cases, inspect_case, read_case
 
 
 def refused(source, fragment):
@@ -106,3 +106,42 @@ def test_dispatch(nifti, series, expected_law):
     with pytest.raises(DataError, match="constant"):
         read_case(constant)
     assert read_case(constant, allow_constant=True)[0].max() == 0
+
+
+# --- images with masks ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    for part in ("images", "labels"):
+        (tmp_path / "study" / part).mkdir(parents=True)
+        for name in ("a.nii.gz", "b.nii"):
+            (tmp_path / "study" / part / name).touch()
+    return tmp_path / "study"
+
+
+def test_images_and_masks_of_one_name_are_a_case(labelled):
+    items = find_labelled_cases(labelled)
+    assert [item["case"] for item in items] == ["a", "b"]
+    assert [Path(item["label"]).relative_to(labelled).as_posix() for item in items] == [
+        "labels/a.nii.gz",
+        "labels/b.nii",
+    ]
+    assert [item["case"] for item in find_labelled_cases(labelled, ["a"])] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "leave_out", "fragment"),
+    [
+        (lambda f: (f / "labels" / "b.nii").unlink(), [], "b has no partner in labels/"),
+        (lambda f: (f / "images" / "a.nii.gz").unlink(), [], "a has no partner in images/"),
+        (lambda f: (f / "labels").rename(f / "masks"), [], "no folder 'labels'"),
+        (lambda f: None, ["c"], "c is to be left out, but there is no such case"),
+        (lambda f: None, ["a", "b"], "no case is left after 2 were left out"),
+    ],
+)
+def test_a_labelled_folder_that_does_not_fit_is_refused(labelled, spoil, leave_out, fragment):
+    spoil(labelled)
+    with pytest.raises(DataError, match=fragment) as caught:
+        find_labelled_cases(labelled, leave_out)
+    assert str(labelled.parent) not in str(caught.value)

@@ -268,3 +268,18 @@ def test_blocks_obey_the_seed():
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
+
+
+def test_every_second_block_looks_for_the_mask():
+    label = torch.zeros(1, 40, 40, 40)
+    label[:, 30:34, 5:9, 20:24] = 1
+    item = {"image": MetaTensor(torch.rand(1, 40, 40, 40)), "label": label}
+
+    def hits(**settings) -> int:
+        cut = RandSharpAxisLastd(["image", "label"], (12, 12, 12), 0.0, **settings).set_random_state(0)
+        return sum(bool(cut(item)["label"].any()) for _ in range(60))
+
+    assert hits(label_key="label") > 2 * hits() > 0
+    empty = {**item, "label": torch.zeros_like(label)}
+    cut = RandSharpAxisLastd(["image", "label"], (12, 12, 12), 0.0, label_key="label").set_random_state(0)
+    assert cut(empty)["label"].shape == (1, 12, 12, 12)
