@@ -29,6 +29,8 @@ class PrepareThickSlices:
         min_slices: smallest number; a block that is too short for it is a setting error.
         noise: largest standard deviation of Gaussian noise, added to half of the stacks only.
         gamma: range of a gamma change applied to the sharp block before the acquisition.
+        contrast: share of blocks whose intensities pass a random curve before the acquisition: few volumes then
+            teach the borders of many sequences.
         profiles: profiles and their probabilities; default as in
             :class:`~medsr.transforms.thick_slices.RandSimulateThickSlices`.
         label_classes: number of label channels after the image channel.
@@ -57,6 +59,7 @@ class PrepareThickSlices:
         min_slices: int = 4,
         noise: float = 0.02,
         gamma: tuple[float, float] = (0.8, 1.25),
+        contrast: float = 0.0,
         profiles: Mapping[str | tuple[float, ...], float] | None = None,
         label_classes: int = 0,
         seed: int = 0,
@@ -64,6 +67,7 @@ class PrepareThickSlices:
         if min(ratio) < MIN_RATIO:
             raise SettingError(f"the ratio of slice spacings must be >= {MIN_RATIO}, got {min(ratio):g}")
         self.ratio, self.noise, self.gamma = (float(ratio[0]), float(ratio[1])), float(noise), tuple(gamma)
+        self.contrast = float(contrast)
         self.max_slices, self.min_slices = int(max_slices), int(min_slices)
         self.label_classes = int(label_classes)
         self.draw = RandSimulateThickSlices(self.ratio, thickness, profiles)
@@ -104,11 +108,28 @@ class PrepareThickSlices:
         return self._with_noise(inputs), target, (), {"scale": ratio, "thickness": drawn.thickness}
 
     def _recontrast(self, sharp: Tensor) -> Tensor:
-        """One gamma per block, on the sharp side, so that the pair stays a true pair."""
+        """One gamma or curve per block, on the sharp side, so that the pair stays a true pair."""
         exponent = torch.as_tensor(self.random.uniform(*self.gamma, size=len(sharp))).to(sharp)
         image = sharp[:, :1]
-        changed = image.clamp(0, 1) ** exponent.view(-1, 1, 1, 1, 1) + (image - image.clamp(0, 1))
-        return torch.cat([changed, sharp[:, 1:]], dim=1)
+        inside = image.clamp(0, 1)
+        changed = inside ** exponent.view(-1, 1, 1, 1, 1)
+        for k in np.flatnonzero(self.random.random(len(sharp)) < self.contrast):
+            changed[k] = self._curve(inside[k])
+        return torch.cat([changed + (image - inside), sharp[:, 1:]], dim=1)
+
+    def _curve(self, image: Tensor) -> Tensor:
+        """Pass intensities in [0, 1] through random straight pieces that keep the background dark.
+
+        From nearly the identity to an order of tissues that no real sequence has.
+        """
+        knots = np.linspace(0, 1, 6)
+        share = self.random.random()
+        heights = np.concatenate([[0.0], (1 - share) * knots[1:] + share * self.random.random(5)])
+        heights = torch.as_tensor(heights).to(image)
+        place = image * 5
+        left = place.floor().clamp(max=4)
+        low, high = heights[left.long()], heights[left.long() + 1]
+        return low + (high - low) * (place - left)
 
     def _with_noise(self, inputs: Tensor) -> Tensor:
         if not self.noise:

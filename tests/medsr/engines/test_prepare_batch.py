@@ -147,3 +147,18 @@ def test_a_block_too_short_is_a_setting_error():
 def test_an_unknown_profile_is_named_at_once():
     with pytest.raises(SettingError, match="triangle"):
         PrepareThickSlices(profiles={"triangle": 1.0})
+
+
+def test_a_curve_changes_the_contrast_of_a_share_of_the_blocks():
+    sharp = torch.rand(200, 1, 2, 2, 40, generator=torch.Generator().manual_seed(0))
+    sharp[:, :, 0] = 0
+    prepare = PrepareThickSlices((4, 4), (1, 1), noise=0, gamma=(1, 1), contrast=0.4, profiles={"box": 1})
+    inputs, target, _, _ = prepare({"image": sharp})
+    start = (40 - target.shape[-1]) // 2
+    kept = (target - sharp[..., start : start + target.shape[-1]]).abs().amax((1, 2, 3, 4)) < 1e-5
+    assert 0.5 < float(kept.float().mean()) < 0.7
+    # The background stays dark, nothing leaves the range, and input and target remain a pair.
+    assert float(target[:, :, 0].abs().max()) == 0
+    assert 0 <= float(target.min()) <= float(target.max()) <= 1
+    inner = target[..., 4:-4].unflatten(-1, (-1, 4)).mean(-1)
+    assert torch.allclose(inputs[..., 1:-1], inner, atol=0.02)
