@@ -103,7 +103,8 @@ class PrepareThickSlices:
         inputs = sharp @ torch.as_tensor(parameters.matrix(length, slices)).to(sharp).T
         if self.label_classes:
             area = torch.as_tensor(parameters.label_matrix(length, slices)).to(sharp)
-            labels = sharp[:, 1:] @ area.T
+            # Who draws on a thick slice decides for each voxel what fills most of it.
+            labels = (sharp[:, 1:] @ area.T >= 0.5).to(sharp)
             inputs = torch.cat([inputs[:, :1], labels], dim=1)
         return self._with_noise(inputs), target, (), {"scale": ratio, "thickness": drawn.thickness}
 

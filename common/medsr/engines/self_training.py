@@ -32,7 +32,7 @@ class PrepareThickPlanes(PrepareThickSlices):
     """As :class:`PrepareThickSlices`, for plane networks: the second axis of the block becomes part of the batch.
 
     Shape:
-        ``(B, 1, H, W, L)`` to inputs ``(B * W, 1, H, n)`` and targets ``(B * W, 1, H, round(n * ratio))``.
+        ``(B, C, H, W, L)`` to inputs ``(B * W, C, H, n)`` and targets ``(B * W, C, H, round(n * ratio))``.
 
     Example:
         >>> prepare = PrepareThickPlanes(ratio=(4, 4), noise=0)
@@ -49,7 +49,7 @@ class PrepareThickPlanes(PrepareThickSlices):
     ) -> tuple[Tensor, Tensor, tuple[()], dict[str, float]]:
         """Acquire, then take the planes apart."""
         inputs, targets, _, facts = super().__call__(batchdata, device, non_blocking, **settings)
-        inputs, targets = (x[:, 0].permute(0, 2, 1, 3).flatten(0, 1).unsqueeze(1) for x in (inputs, targets))
+        inputs, targets = (x.permute(0, 3, 1, 2, 4).flatten(0, 1) for x in (inputs, targets))
         return inputs, targets, (), facts
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "start_from",
     "start_process_group",
     "training_items",
+    "with_prior",
 ]
 
 
@@ -80,13 +81,7 @@ def training_items(
 
 
 @one_line_errors
-def start_from(
-    path: str | Path | None,
-    network: nn.Module,
-    prior: str | Path | None = None,
-    *,
-    keep_prior: bool = False,
-) -> nn.Module:
+def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | None = None) -> nn.Module:
     """Load the initial weights, if any, before the average of the weights or other processes copy the network.
 
     Tensors of another head may be absent. A handler would load them when training starts: too late for the average,
@@ -98,7 +93,6 @@ def start_from(
         path: plain state dict; None leaves the network as it is.
         network: gets the weights, and is returned.
         prior: plain state dict of ``network.prior``, which is then not trained.
-        keep_prior: do not train the prior that ``path`` brings.
 
     Raises:
         WeightsError: if a file cannot be read safely or does not fit.
@@ -113,8 +107,19 @@ def start_from(
         if getattr(network, "prior", None) is None:
             raise WeightsError(f"{Path(prior).name}: this network has no prior; remove --prior_weights")
         _fill(network.prior, prior)
-    if prior or (keep_prior and getattr(network, "prior", None) is not None):
         network.prior.requires_grad_(False)
+    return network
+
+
+def with_prior(network: nn.Module, prior: nn.Module) -> nn.Module:
+    """Put a prior that is trained by itself in its place, so that the complete network is what is saved.
+
+    Example:
+        >>> network, prior = nn.Module(), nn.Linear(1, 1)
+        >>> with_prior(network, prior).prior is prior
+        True
+    """
+    network.prior = prior
     return network
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from medsr.geometry import rescaled_size, slice_positions
 from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
 from medsr.resampling import interpolation_matrix
 
-__all__ = ["PlanePrior"]
+__all__ = ["PlanePrior", "interpolated"]
 
 
 class PlanePrior(nn.Module):
@@ -37,10 +38,11 @@ class PlanePrior(nn.Module):
         blocks: number of wide-activation blocks.
         expansion: channels inside a block divided by ``channels``.
         basis: number of maps that are read out.
+        label_classes: number of label channels behind the image channel; their results are logits.
         scale: ratio that is used when ``forward`` is given none.
 
     Shape:
-        ``(B, 1, H, D)`` to ``(B, 1, H, round(D * scale))``.
+        ``(B, 1 + label_classes, H, D)`` to ``(B, 1 + label_classes, H, round(D * scale))``.
 
     Raises:
         SettingError: if a size is not positive.
@@ -63,6 +65,7 @@ class PlanePrior(nn.Module):
         *,
         expansion: int = 2,
         basis: int = 32,
+        label_classes: int = 0,
         scale: float = 4.0,
     ) -> None:
         super().__init__()
@@ -70,8 +73,8 @@ class PlanePrior(nn.Module):
             raise SettingError(
                 f"channels, blocks, expansion and basis must be >= 1, got {channels}, {blocks}, {expansion}, {basis}"
             )
-        self.scale = float(scale)
-        self.head = nn.Conv2d(1, channels, 3, padding=1)
+        self.scale, self.label_classes = float(scale), int(label_classes)
+        self.head = nn.Conv2d(1 + label_classes, channels, 3, padding=1)
         self.condition = nn.Linear(2, channels)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -82,7 +85,7 @@ class PlanePrior(nn.Module):
             for _ in range(blocks)
         )
         self.to_basis = nn.Conv2d(channels, basis, 3, padding=1)
-        self.readout = PositionReadout(basis, 1)
+        self.readout = PositionReadout(basis, 1 + label_classes)
         nn.init.zeros_(self.condition.weight)
         # Head, two convolutions per block, and the basis read one neighbour each.
         self.exact_halo = 2 * blocks + 2
@@ -102,11 +105,8 @@ class PlanePrior(nn.Module):
         positions = np.asarray(positions, dtype=np.float64)
         slabs, conditions = slabs_and_conditions(positions, depth, scale=scale, thickness=float(thickness))
         weights, bias = self.readout(conditions.to(image.device))
-        residual = _read(self._basis_maps(image, scale, thickness), slabs, weights[..., 0], bias[..., 0])
-        cubic = torch.as_tensor(
-            interpolation_matrix(depth, positions), dtype=torch.float32, device=image.device
-        )
-        return image.float() @ cubic.T + residual
+        residual = _read(self._basis_maps(image, scale, thickness), slabs, weights, bias)
+        return interpolated(image, positions) + residual
 
     def _basis_maps(self, image: Tensor, scale: float, thickness: float) -> Tensor:
         """Maps ``(B, M, H, D)`` that are read out, float32."""
@@ -119,8 +119,30 @@ class PlanePrior(nn.Module):
         return F.relu(self.to_basis(features)).float()
 
 
-def _read(basis: Tensor, slabs: np.ndarray, weights: Tensor, bias: Tensor) -> Tensor:
-    """Weighted sums of the maps of each position's slab, ``(B, 1, H, K)``.
+def interpolated(image: Tensor, positions: npt.NDArray[np.float64]) -> Tensor:
+    """Cubic B-spline interpolation of the first channel, linear interpolation of the label channels as logits.
+
+    Shape:
+        ``(B, 1 + K, ..., D)`` to ``(B, 1 + K, ..., len(positions))``, float32.
+
+    Example:
+        >>> interpolated(torch.ones(1, 2, 3, 2), np.array([0.25, 0.75])).shape
+        torch.Size([1, 2, 3, 2])
+    """
+    depth = image.shape[-1]
+    kinds = ("cubic", "linear") if image.shape[1] > 1 else ("cubic",)
+    cubic, *linear = (
+        torch.as_tensor(interpolation_matrix(depth, positions, kind=kind)).to(image.device, torch.float32).T
+        for kind in kinds
+    )
+    if not linear:
+        return image.float() @ cubic
+    labels = (image[:, 1:].float() @ linear[0]).clamp(0.01, 0.99).logit()
+    return torch.cat([image[:, :1].float() @ cubic, labels], dim=1)
+
+
+def _read(basis: Tensor, slabs: npt.NDArray[np.int64], weights: Tensor, bias: Tensor) -> Tensor:
+    """Weighted sums of the maps of each position's slab, ``(B, C, H, K)``.
 
     All positions of a slab are read in one product, padded to the largest number of positions in a slab.
     """
@@ -130,9 +152,9 @@ def _read(basis: Tensor, slabs: np.ndarray, weights: Tensor, bias: Tensor) -> Te
     ranks = np.arange(len(slabs)) - (np.cumsum(counts) - counts)[slabs]
     most = int(counts.max())
     place = torch.as_tensor(slabs * most + ranks, device=basis.device)
-    padded = weights.new_zeros(depth * most, weights.shape[1]).index_copy(0, place, weights)
+    padded = weights.new_zeros(depth * most, *weights.shape[1:]).index_copy(0, place, weights)
+    padded = padded.unflatten(0, (depth, most)).permute(0, 2, 1, 3).flatten(2)
     with torch.autocast(basis.device.type, enabled=False):
-        maps = basis.permute(3, 0, 2, 1).flatten(1, 2)
-        read = maps @ padded.view(depth, most, -1).transpose(1, 2)
-    read = read.permute(1, 0, 2).flatten(1).index_select(1, place) + bias
-    return read.view(basis.shape[0], 1, basis.shape[2], -1)
+        read = basis.permute(3, 0, 2, 1).flatten(1, 2) @ padded
+    read = read.permute(1, 0, 2).unflatten(2, (most, -1)).flatten(1, 2).index_select(1, place) + bias
+    return read.unflatten(0, (basis.shape[0], -1)).permute(0, 3, 1, 2)

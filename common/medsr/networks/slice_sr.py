@@ -22,9 +22,8 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError, WeightsError
 from medsr.geometry import rescaled_size, slice_positions
-from medsr.networks.plane_prior import PlanePrior
+from medsr.networks.plane_prior import PlanePrior, interpolated
 from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
-from medsr.resampling import interpolation_matrix
 
 __all__ = ["SliceSRNet", "convert_flavr"]
 
@@ -134,7 +133,7 @@ class SliceSRNet(nn.Module):
             self.log_uncertainty = nn.Linear(self.branches, 1)
             nn.init.normal_(self.log_uncertainty.weight, std=0.5)
             nn.init.constant_(self.log_uncertainty.bias, -4.0)
-        self.prior = PlanePrior(scale=scale) if prior else None
+        self.prior = PlanePrior(label_classes=label_classes, scale=scale) if prior else None
 
     def forward(
         self,
@@ -162,7 +161,7 @@ class SliceSRNet(nn.Module):
         features = self._features(stack, scale, float(thickness))
         if estimate is None:
             estimate = self.first_estimate(image, scale, thickness, positions)
-        skip = self._skip(stack, positions, estimate)
+        skip = self._skip(estimate)
         slabs, conditions = slabs_and_conditions(positions, depth, scale=scale, thickness=float(thickness))
         index = torch.as_tensor(slabs, device=image.device)
         weights, bias = self._readout_weights(conditions.to(image.device))
@@ -236,47 +235,36 @@ class SliceSRNet(nn.Module):
     def first_estimate(
         self, image: Tensor, scale: float, thickness: float, positions: Sequence[float] | np.ndarray
     ) -> Tensor:
-        """What the residual is added to: planes of both in-plane axes, or the cubic interpolation.
+        """What the residual is added to: planes of both in-plane axes, or the interpolation.
 
         It needs little memory, so that an inferer may ask for it at once where it runs the network in tiles.
 
         Shape:
-            ``(B, C, H, W, D)`` to ``(B, 1, H, W, len(positions))``, float32.
+            ``(B, 1 + label_classes, H, W, D)`` to ``(B, 1 + label_classes, H, W, len(positions))``, float32.
         """
-        image = image[:, :1]
         if self.prior is None:
-            matrix = torch.as_tensor(interpolation_matrix(image.shape[-1], positions), dtype=torch.float32)
-            return image.float() @ matrix.to(image.device).T
-        first, second = (
-            self._planes(image[:, 0].transpose(1, axis), scale, thickness, positions) for axis in (1, 2)
-        )
-        return ((first + second.transpose(1, 2)) / 2).unsqueeze(1)
+            return interpolated(image, np.asarray(positions, dtype=np.float64))
+        first = self._planes(image.transpose(2, 3), scale, thickness, positions).transpose(2, 3)
+        return (first + self._planes(image, scale, thickness, positions)) / 2
 
     def _planes(
-        self, stack: Tensor, scale: float, thickness: float, positions: Sequence[float] | np.ndarray
+        self, image: Tensor, scale: float, thickness: float, positions: Sequence[float] | np.ndarray
     ) -> Tensor:
-        """The prior over the planes ``(W, D)`` of a stack ``(B, H, W, D)``."""
+        """The prior over the planes ``(W, D)`` of a stack ``(B, C, H, W, D)``."""
         assert self.prior is not None
-        planes = stack.flatten(0, 1).unsqueeze(1)
+        planes = image.transpose(1, 2).flatten(0, 1)
         # Few planes at a time stay in the processor's cache; with gradients nothing is saved by it.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.prior.parameters())
         few = max(1, _PIXELS_AT_ONCE // (planes.shape[-2] * planes.shape[-1]))
         with torch.set_grad_enabled(learns):
             parts = planes.split(len(planes) if learns else few)
             fine = torch.cat([self.prior(part, scale, thickness, positions) for part in parts])
-        return fine[:, 0].unflatten(0, stack.shape[:2])
+        return fine.unflatten(0, (image.shape[0], image.shape[2])).transpose(1, 2)
 
-    def _skip(self, stack: Tensor, positions: np.ndarray, estimate: Tensor) -> Tensor:
-        """The estimate of the image, linear interpolation of the labels as logits; ``(B, D', H, W, C)``."""
-        image = estimate.permute(0, 4, 2, 3, 1)
-        if self.branches:
-            none = image.new_zeros(()).expand_as(image)
-        if not self.label_classes:
-            return torch.cat([image, none], dim=-1) if self.branches else image
-        linear = interpolation_matrix(stack.shape[2], positions, kind="linear")
-        linear = torch.as_tensor(linear, dtype=torch.float32, device=stack.device)
-        labels = torch.einsum("kd,bcdhw->bkhwc", linear, stack[:, 1:].float()).clamp(0.01, 0.99).logit()
-        return torch.cat([image, labels, none] if self.branches else [image, labels], dim=-1)
+    def _skip(self, estimate: Tensor) -> Tensor:
+        """The estimate in channels-last order ``(B, D', H, W, C)``, and zeros where the uncertainty is added."""
+        skip = estimate.permute(0, 4, 2, 3, 1)
+        return F.pad(skip, (0, 1)) if self.branches else skip
 
 
 def _initialise(module: nn.Module) -> None:

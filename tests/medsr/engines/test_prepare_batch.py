@@ -84,14 +84,15 @@ def test_the_number_of_slices_is_limited():
     assert (inputs.shape[-1], targets.shape[-1]) == (5, 10)
 
 
-def test_labels_become_area_shares():
+def test_a_thick_label_is_what_fills_most_of_the_slice():
     image = blocks(64, channels=3)
     image[:, 1:] = (image[:, 1:] > 0.5).float()
     inputs, targets, _, _ = plain(ratio=(4, 4), thickness=(0.6, 0.6), label_classes=2)({"image": image})
     assert inputs.shape[1] == targets.shape[1] == 3
     # Whatever the thickness of the excited slab, a label fills its slice.
-    expected = targets[:, 1:].unflatten(-1, (-1, 4)).mean(-1)
-    assert torch.allclose(inputs[:, 1:], expected, atol=1e-3)
+    share = targets[:, 1:].unflatten(-1, (-1, 4)).mean(-1)
+    clear = (share - 0.5).abs() > 0.1
+    assert torch.equal(inputs[:, 1:][clear], (share > 0.5).float()[clear])
 
 
 def test_noise_is_added_to_the_image_of_the_input_alone():
@@ -99,7 +100,7 @@ def test_noise_is_added_to_the_image_of_the_input_alone():
     prepare = PrepareThickSlices(ratio=(4, 4), noise=0.1, gamma=(1, 1), label_classes=1)
     inputs, targets, _, _ = prepare({"image": image})
     assert torch.equal(targets, torch.full_like(targets, 0.5))
-    assert torch.allclose(inputs[:, 1], torch.tensor(0.5), atol=1e-4)
+    assert torch.equal(inputs[:, 1], torch.ones_like(inputs[:, 1]))
     spread = inputs[:, 0].flatten(1).std(dim=1)
     silent = int((spread < 1e-4).sum())
     # Half of the stacks stay clean, and none gets more than the limit.

@@ -12,6 +12,7 @@ from medsr.engines.training import (
     seed_everything,
     start_from,
     training_items,
+    with_prior,
 )
 from medsr.errors import DataError, WeightsError
 from medsr.networks.slice_sr import SliceSRNet
@@ -159,13 +160,11 @@ def test_weights_of_a_prior_need_a_network_with_one(tmp_path, capsys):
     assert "remove --prior_weights" in capsys.readouterr().err
 
 
-def test_a_prior_may_be_kept_as_the_weights_bring_it(tmp_path):
-    source, network = WithPrior(), WithPrior()
-    torch.save(source.state_dict(), tmp_path / "start.pt")
-    start_from(tmp_path / "start.pt", network, keep_prior=True)
-    assert torch.equal(network.prior.weight, source.prior.weight)
-    assert not network.prior.weight.requires_grad
-    assert network.trunk.weight.requires_grad
+def test_the_complete_network_is_saved_with_the_prior_that_was_trained():
+    network, prior = WithPrior(), torch.nn.Linear(2, 3)
+    state = with_prior(network, prior).state_dict()
+    assert torch.equal(state["prior.weight"], prior.weight)
+    assert torch.equal(state["trunk.weight"], network.trunk.weight)
 
 
 @pytest.mark.parametrize("head", ["plain", "uncertainty"])

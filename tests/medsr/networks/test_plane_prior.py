@@ -109,3 +109,20 @@ def test_positions_may_be_numpy_or_a_list():
     network = tiny(trained=True)
     with torch.inference_mode():
         assert torch.equal(network(image, 3.0, 1.0, positions), network(image, 3.0, 1.0, positions.tolist()))
+
+
+def test_labels_start_as_their_linear_interpolation_and_learn_with_the_image():
+    torch.manual_seed(0)
+    network = PlanePrior(8, 1, label_classes=2)
+    planes = torch.cat([torch.rand(3, 1, 12, 5), (torch.rand(3, 2, 12, 5) > 0.5).float()], dim=1)
+    found = network(planes, scale=3.5)
+    assert found.shape == (3, 3, 12, 18)
+    positions = slice_positions(5, 18, 3.5)
+    linear = torch.as_tensor(interpolation_matrix(5, positions, kind="linear"), dtype=torch.float32)
+    expected = (planes[:, 1:] @ linear.T).clamp(0.01, 0.99)
+    assert torch.allclose(found[:, 1:].sigmoid(), expected, atol=1e-5)
+    # Each output has a read-out of its own.
+    torch.nn.init.normal_(network.readout.weights.weight)
+    changed = network(planes, scale=3.5) - found
+    assert not torch.allclose(changed[:, 0], changed[:, 1], atol=1e-2)
+    assert not torch.allclose(changed[:, 1], changed[:, 2], atol=1e-2)

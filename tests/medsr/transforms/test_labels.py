@@ -39,7 +39,7 @@ def test_another_grid_is_refused_with_both_names(label, words):
 def test_a_tilt_that_keeps_the_origin_is_seen():
     label = volume()
     label.affine[0, 2] = 0.1
-    with pytest.raises(DataError, match="lies 0.5 mm away"):
+    with pytest.raises(DataError, match=r"lies 0\.5 mm away"):
         checked(label)
 
 

@@ -1,0 +1,94 @@
+"""Make labelled folders of thick scans from isotropic volumes with masks, as if they had been acquired and drawn thick.
+
+    python -m benchmarks.quality.thick_folder tumour OUT [--ratio 4] [--gap 0] [--data FOLDER]
+
+OUT gets ``images/`` and ``labels/`` (thick; a voxel belongs to the class that fills most of it), and ``true/images``
+and ``true/labels`` (the same field of view, isotropic: for evaluation and for the upper bound only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from medsr.geometry import spacing_of
+from medsr.io.cases import read_case
+from medsr.io.writing import probe_folder, write_json, write_nifti
+from medsr.transforms.labels import ClassesToChannelsd
+from medsr.transforms.thick_slices import ThickSliceParameters, thick_slice_affine
+from monai.data import MetaTensor
+
+STUDIES = {
+    "tumour": {
+        f"glioma-{n}": (
+            f"mri/brats2013/pat000{n}/T1c_subtrMeanDivStd.nii.gz",
+            f"mri/brats2013/pat000{n}/OTMultiClass.nii.gz",
+        )
+        for n in (3, 4, 5, 6)
+    },
+    "ms_lesion": {
+        f"ms-{n}": (
+            f"mri/ms_flair_1mm/patient{n}/FLAIR_mni1mm_brain.nii.gz",
+            f"mri/ms_flair_1mm/patient{n}/lesion_gold_mni1mm.nii.gz",
+        )
+        for n in ("07", "19")
+    },
+}
+"""Case to image and mask; all foreground values are one class."""
+
+
+def main() -> None:
+    """Write one study."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--ratio", type=float, default=4.0)
+    parser.add_argument("--gap", type=float, default=0.0)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    arguments = parser.parse_args()
+    parameters = ThickSliceParameters(arguments.ratio, (arguments.ratio - arguments.gap) / arguments.ratio)
+    for case, (image, mask) in STUDIES[arguments.study].items():
+        write_case(case, (arguments.data / image, arguments.data / mask), parameters, output=arguments.output)
+        print(f"{case}: written")
+
+
+def write_case(
+    case: str, paths: tuple[Path, Path], parameters: ThickSliceParameters, *, output: Path
+) -> None:
+    """Write a case thick and, cut to whole slabs, isotropic."""
+    image, header = read_case(paths[0])
+    mask, _ = read_case(paths[1], allow_constant=True)
+    classes = {"foreground": sorted({int(v) for v in np.unique(mask)} - {0})}
+    label = ClassesToChannelsd("label", classes)({"label": MetaTensor(torch.as_tensor(mask)[None])})["label"]
+    depth = image.shape[-1]
+    thick_depth = parameters.thick_size(depth)
+    kept = round(thick_depth * parameters.ratio)
+    start = (depth - kept) // 2
+    affine = header.affine.copy()
+    affine[:3, 3] += affine[:3, 2] * start
+    image, truth = image[..., start : start + kept], label[0, ..., start : start + kept].numpy()
+    thick = image @ parameters.matrix(kept, thick_depth).T
+    drawn = truth @ parameters.label_matrix(kept, thick_depth).T >= 0.5
+    thick_affine = thick_slice_affine(affine, parameters, size=kept)
+    for folder, values, place in (
+        ("images", thick, thick_affine),
+        ("labels", drawn.astype(np.uint8), thick_affine),
+        ("true/images", image, affine),
+        ("true/labels", truth.astype(np.uint8), affine),
+    ):
+        probe_folder(output / folder)
+        write_nifti(
+            output / folder / f"{case}.nii.gz",
+            values,
+            affine=place,
+            dtype=np.float32 if "images" in folder else np.uint8,
+        )
+    thickness_mm = parameters.thickness * parameters.ratio * float(spacing_of(affine)[2])
+    write_json(output / "images" / f"{case}.json", {"SliceThickness": round(thickness_mm, 4)})
+
+
+if __name__ == "__main__":
+    main()

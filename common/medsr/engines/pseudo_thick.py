@@ -1,0 +1,142 @@
+"""Thick slices out of pseudo high-resolution volumes: what the segmentation network is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from medsr.errors import SettingError
+from medsr.transforms.thick_slices import ThickSliceParameters
+
+__all__ = ["PreparePseudoThick"]
+
+
+class PreparePseudoThick:
+    """Acquire blocks of pseudo high-resolution volumes as thick slices: the ``prepare_batch`` of a trainer.
+
+    The slices of the scan are one sampling of the anatomy. Here the slice profile blurs the super-resolved volume
+    along its slice axis, and slices are taken at a random phase: many scans that the same head could have
+    given. The mask of a thick slice is what fills most of it, the weights follow from the uncertainty. The contrast
+    changes before the acquisition, so that image, mask and teacher stay one scene.
+
+    Args:
+        ratio: slice spacing divided by thin spacing; a pair is a range.
+        slices: thick slices of a stack.
+        thickness: slice thickness divided by slice spacing; a pair is a range.
+        profile: slice profile.
+        phase: largest shift of the slices, in slice spacings, to either side; 0 repeats the slices of the scan.
+        gamma: range of a gamma change of the image.
+        brightness: largest relative change of the image's scale.
+        noise: largest standard deviation of Gaussian noise on the thick slices.
+        seed: seed of the draws.
+
+    Shape:
+        ``batch["image"]`` ``(B, 1, H, W, L)`` and foreground probabilities ``batch["label"]`` ``(B, K - 1, H, W, L)``,
+        if known ``batch["uncertainty"]`` ``(B, 1, H, W, L)``, give inputs ``(B, 1, H, W, slices)`` and a mapping:
+        ``thick`` ``(B, K, H, W, slices)``, ``thin`` ``(B, K, H, W, round(slices * ratio))``, ``uncertainty`` and
+        ``teacher_image`` ``(B, K, H, W, slices)``; then the keyword arguments ``scale`` and ``thickness``.
+
+    Raises:
+        SettingError: if a block is too short for the slices.
+
+    Example:
+        >>> prepare = PreparePseudoThick(ratio=4, slices=6)
+        >>> batch = {"image": torch.rand(2, 1, 8, 8, 36), "label": torch.zeros(2, 1, 8, 8, 36)}
+        >>> inputs, targets, _, _ = prepare(batch)
+        >>> tuple(inputs.shape), tuple(targets["thin"].shape)
+        ((2, 1, 8, 8, 6), (2, 2, 8, 8, 24))
+
+    Reference:
+        arXiv 2410.10097; doi:10.1016/j.neucom.2025.129425
+    """
+
+    def __init__(
+        self,
+        ratio: float | Sequence[float] = 4.0,
+        slices: int = 12,
+        thickness: float | Sequence[float] = 1.0,
+        *,
+        profile: str = "slr",
+        phase: float = 0.5,
+        gamma: Sequence[float] = (0.7, 1.5),
+        brightness: float = 0.25,
+        noise: float = 0.03,
+        seed: int = 0,
+    ) -> None:
+        self.ratio, self.thickness = _span(ratio), _span(thickness)
+        self.slices, self.profile, self.phase = int(slices), profile, float(phase)
+        self.gamma, self.brightness, self.noise = _span(gamma), float(brightness), float(noise)
+        self.random = np.random.default_rng(seed)
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[()], dict[str, float]]:
+        """Return ``(inputs, targets, args, kwargs)`` as MONAI's trainers expect."""
+        given = {
+            key: torch.as_tensor(batchdata[key]).to(device=device, non_blocking=non_blocking).float()
+            for key in ("image", "label", "uncertainty")
+            if key in batchdata
+        }
+        given = {k: v.as_tensor() if hasattr(v, "as_tensor") else v for k, v in given.items()}
+        length = given["image"].shape[-1]
+        count = round(self.slices * self.random.uniform(*self.ratio))
+        ratio = count / self.slices
+        room = (length - count) / 2
+        if room < self.phase * ratio:
+            raise SettingError(
+                f"a block of {length} voxels is too short for {self.slices} slices of {ratio:.3g} voxels with a phase "
+                f"of {self.phase:g}; {int(np.ceil(count + 2 * self.phase * ratio))} are needed"
+            )
+        # The thin target is cut out of the block, hence the phase is a whole number of voxels.
+        reach = int(self.phase * ratio)
+        start = (length - count) // 2 + int(self.random.integers(-reach, reach + 1))
+        start = min(max(start, 0), length - count)
+        center = start + (count - 1) / 2 - (length - 1) / 2
+        thickness = float(self.random.uniform(*self.thickness))
+        parameters = ThickSliceParameters(ratio, thickness, self.profile, center)
+        area = torch.as_tensor(parameters.label_matrix(length, self.slices)).to(given["image"]).T
+        image = self._recontrast(given["image"])
+        thick = image @ torch.as_tensor(parameters.matrix(length, self.slices)).to(image).T
+        probabilities = _with_background(given["label"])
+        drawn = F.one_hot((probabilities @ area).argmax(1), probabilities.shape[1]).movedim(-1, 1).float()
+        targets = {
+            "thick": drawn,
+            "thin": probabilities[..., start : start + count],
+            "teacher_image": torch.cat([thick, drawn[:, 1:]], dim=1),
+        }
+        if "uncertainty" in given:
+            targets["uncertainty"] = (given["uncertainty"] @ area).clamp(0, 1)
+        return self._with_noise(thick), targets, (), {"scale": ratio, "thickness": thickness}
+
+    def _recontrast(self, image: Tensor) -> Tensor:
+        exponent, gain = (
+            torch.as_tensor(self.random.uniform(*span, size=len(image))).to(image).view(-1, 1, 1, 1, 1)
+            for span in (self.gamma, (1 - self.brightness, 1 + self.brightness))
+        )
+        inside = image.clamp(0, 1)
+        return (inside**exponent + (image - inside)) * gain
+
+    def _with_noise(self, thick: Tensor) -> Tensor:
+        sigma = self.random.uniform(0, self.noise, size=len(thick)) * (self.random.random(len(thick)) < 0.5)
+        return thick + torch.randn_like(thick) * torch.as_tensor(sigma).to(thick).view(-1, 1, 1, 1, 1)
+
+
+def _with_background(foreground: Tensor) -> Tensor:
+    """Probabilities of all classes; the foreground's may add up to more than one after super-resolution."""
+    foreground = foreground.clamp(0, 1)
+    foreground = foreground / foreground.sum(1, keepdim=True).clamp_min(1)
+    return torch.cat([1 - foreground.sum(1, keepdim=True), foreground], dim=1)
+
+
+def _span(value: float | Sequence[float]) -> tuple[float, float]:
+    low, high = (value, value) if isinstance(value, (int, float)) else value
+    return float(low), float(high)
