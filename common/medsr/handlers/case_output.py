@@ -42,9 +42,10 @@ class CaseOutput:
 
     Args:
         output_dir: folder of the results.
-        suffixes: result key to file suffix: ``<case>_<suffix>.nii.gz``.
+        suffixes: result key to file suffix: ``<case>_<suffix>.nii.gz``. Whole numbers are stored as such.
         figure: also draw ``<case>_qc.png``.
         overwrite: replace volumes of an earlier run.
+        layout: where the volume of a case and a suffix goes, below the folder.
 
     Example:
         >>> sorted(CaseOutput("out").suffixes.values())
@@ -58,8 +59,10 @@ class CaseOutput:
         figure: bool = True,
         *,
         overwrite: bool = False,
+        layout: str = "{case}_{suffix}.nii.gz",
     ) -> None:
         self.output_dir, self.figure, self.overwrite = Path(output_dir), figure, overwrite
+        self.layout = layout
         self.suffixes = dict(suffixes or {"pred": "superres", "uncertainty": "uncertainty"})
         self.written: dict[str, list[str]] = {}
 
@@ -73,13 +76,30 @@ class CaseOutput:
         Raises:
             OutputError: if a volume of one of the cases exists.
         """
-        names = [f"{case}_{suffix}.nii.gz" for case in cases for suffix in self.suffixes.values()]
+        names = [name for case in cases for name in self._names(case).values()]
         existing = [name for name in names if (self.output_dir / name).exists()]
         if existing and not self.overwrite:
             raise OutputError(
                 f"{existing[0]}: is there already ({len(existing)} of {len(names)} results); "
                 "choose another output folder or set overwrite to true"
             )
+
+    def pending(self, items: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+        """Those of the items whose volumes an interrupted run has not written yet: volumes appear whole, hence count.
+
+        Raises:
+            OutputError: if all are there.
+        """
+        left = [
+            item
+            for item in items
+            if not all((self.output_dir / name).exists() for name in self._names(item["case"]).values())
+        ]
+        if not left:
+            raise OutputError(
+                f"{self.output_dir.name}: all {len(items)} cases are there already; nothing to do"
+            )
+        return left
 
     def __call__(self, engine: Engine) -> None:
         """Write the case that was just processed."""
@@ -91,10 +111,11 @@ class CaseOutput:
         case = str(item["case"])
         done: list[Path] = []
         try:
-            for key, suffix in self.suffixes.items():
+            for key, name in self._names(case).items():
                 if key in item:
                     # Listed first: a signal may arrive between the last byte and the next statement.
-                    done.append(self.output_dir / f"{case}_{suffix}.nii.gz")
+                    done.append(self.output_dir / name)
+                    done[-1].parent.mkdir(parents=True, exist_ok=True)
                     self._volume(item[key], done[-1])
             if self.figure:
                 done.append(self.output_dir / f"{case}_qc.png")
@@ -104,7 +125,10 @@ class CaseOutput:
                 with contextlib.suppress(OSError):
                     path.unlink()
             raise
-        self.written[case] = [path.name for path in done]
+        self.written[case] = [path.relative_to(self.output_dir).as_posix() for path in done]
+
+    def _names(self, case: str) -> dict[str, str]:
+        return {key: self.layout.format(case=case, suffix=suffix) for key, suffix in self.suffixes.items()}
 
     @staticmethod
     def _facts(engine: Engine) -> Mapping[str, Any]:
@@ -112,10 +136,12 @@ class CaseOutput:
 
     @staticmethod
     def _volume(image: Any, path: Path) -> None:
-        array = np.asarray(image.as_tensor().cpu().float())
+        values = image.as_tensor().cpu()
+        array = np.asarray(values.float() if values.is_floating_point() else values)
         array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
         codes = {name: max(1, int(image.meta.get(name, 1))) for name in ("sform_code", "qform_code")}
-        write_nifti(path, array, affine=np.asarray(image.affine, dtype=np.float64), **codes)
+        affine = np.asarray(image.affine, dtype=np.float64)
+        write_nifti(path, array, affine=affine, dtype=array.dtype, **codes)
 
     def _draw(self, item: Mapping[str, Any], facts: Mapping[str, Any]) -> Any:
         pred = item["pred"]

@@ -60,15 +60,18 @@ def find_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
     return items
 
 
-def find_labelled_cases(folder: PathLike, leave_out: Sequence[str] = ()) -> list[dict[str, str]]:
+def find_labelled_cases(
+    folder: PathLike, leave_out: Sequence[str] = (), *, optional: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """List the cases of a folder with ``images/`` and ``labels/``, which hold files of equal names.
 
     Args:
         folder: the folder of both.
         leave_out: names of cases that are kept for validation or test.
+        optional: further sub-folders with files of these names; one that does not exist is not used.
 
     Returns:
-        items ``{"image": path, "label": path, "case": name}``.
+        items ``{"image": path, "label": path, "case": name}``, and a path for every further sub-folder.
 
     Raises:
         DataError: if a folder or a partner is missing, a name to leave out is unknown, or no case is left.
@@ -84,18 +87,23 @@ def find_labelled_cases(folder: PathLike, leave_out: Sequence[str] = ()) -> list
             raise DataError(
                 f"{root.name}: no folder '{part}' in it; a labelled folder holds images/ and labels/"
             )
-    images, labels = (
-        {item["case"]: item["image"] for item in find_cases(root / part)} for part in ("images", "labels")
-    )
-    alone = sorted(set(images) ^ set(labels))
-    if alone:
-        where = "labels" if alone[0] in images else "images"
-        raise DataError(f"{root.name}: {alone[0]} has no partner in {where}/; names must be equal")
+    parts = ["images", "labels", *(part for part in optional if (root / part).is_dir())]
+    images, *others = ({item["case"]: item["image"] for item in find_cases(root / part)} for part in parts)
+    for part, paths in zip(parts[1:], others, strict=True):
+        alone = sorted(set(images) ^ set(paths))
+        if alone:
+            where = part if alone[0] in images else "images"
+            raise DataError(f"{root.name}: {alone[0]} has no partner in {where}/; names must be equal")
     unknown = sorted(set(leave_out) - set(images))
     if unknown:
         raise DataError(f"{root.name}: {unknown[0]} is to be left out, but there is no such case")
     items = [
-        {"image": path, "label": labels[case], "case": case}
+        {
+            "image": path,
+            "label": others[0][case],
+            "case": case,
+            **{part: paths[case] for part, paths in zip(parts[2:], others[1:], strict=True)},
+        }
         for case, path in images.items()
         if case not in leave_out
     ]

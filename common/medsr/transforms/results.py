@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
+from torch import Tensor
 
-__all__ = ["SplitUncertaintyd"]
+from medsr.errors import SettingError
+
+__all__ = ["MaskResultsd", "SplitChannelsd", "SplitUncertaintyd"]
 
 
 class SplitUncertaintyd(MapTransform):
@@ -48,3 +53,97 @@ class SplitUncertaintyd(MapTransform):
                 result[key] = values[:count]
             result[key].meta = dict(values.meta)
         return result
+
+
+class SplitChannelsd(MapTransform):
+    """Give groups of a result's channels keys of their own.
+
+    As :class:`SplitUncertaintyd`, for results of more than two parts; ``monai.transforms.SplitDimd`` makes one item
+    per channel.
+
+    Args:
+        key: the result.
+        counts: new key to number of channels, in their order; ``key`` itself may be among them.
+
+    Shape:
+        ``(sum(counts), ...)`` to ``(count, ...)`` per key.
+
+    Raises:
+        SettingError: if the counts do not add up to the channels of the result.
+
+    Example:
+        >>> found = SplitChannelsd("pred", {"pred": 1, "label": 2})({"pred": torch.zeros(3, 2, 2, 2)})
+        >>> {key: len(value) for key, value in found.items()}
+        {'pred': 1, 'label': 2}
+    """
+
+    def __init__(self, key: str, counts: Mapping[str, int]) -> None:
+        super().__init__(key)
+        self.counts = {name: int(count) for name, count in counts.items()}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Split the result."""
+        result = dict(data)
+        values = convert_to_tensor(result[self.keys[0]], track_meta=True)
+        if len(values) != sum(self.counts.values()):
+            raise SettingError(
+                f"{self.keys[0]}: {len(values)} channels cannot be split into {dict(self.counts)}"
+            )
+        parts = values.split(list(self.counts.values()))
+        for name, part in zip(self.counts, parts, strict=True):
+            result[name] = part
+            result[name].meta = dict(values.meta)
+        return result
+
+
+class _HasThick(Protocol):
+    thick: Tensor
+
+
+class MaskResultsd(MapTransform):
+    """Turn class probabilities into masks, foreground probabilities and the uncertainty of the borders.
+
+    The uncertainty is the entropy of the class probabilities divided by its largest value: 0 where the network is
+    sure, 1 where all classes are equally likely. ``monai.transforms.AsDiscreted`` makes the mask alone.
+
+    Args:
+        key: thin probabilities; replaced by the mask.
+        inferer: holds the probabilities of the thick grid as ``thick``, batch axis first.
+
+    Shape:
+        ``(K, H, W, D')`` to ``pred`` and ``pred_thick`` ``(1, ...)`` uint8, ``probability`` ``(K - 1, ...)`` and
+        ``uncertainty`` ``(1, ...)``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> certain, unsure = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])
+        >>> thin = torch.stack([certain, unsure], 1).view(2, 2, 1, 1)
+        >>> found = MaskResultsd("pred", SimpleNamespace(thick=thin[None]))({"pred": thin})
+        >>> found["pred"].ravel().tolist(), found["uncertainty"].ravel().tolist()
+        ([1, 0], [0.0, 1.0])
+    """
+
+    def __init__(self, key: str, inferer: _HasThick) -> None:
+        super().__init__(key)
+        self.inferer = inferer
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Derive all results."""
+        result = dict(data)
+        key = self.keys[0]
+        thin = convert_to_tensor(result[key], track_meta=True)
+        values = thin.as_tensor()
+        entropy = torch.special.entr(values).sum(0, keepdim=True)
+        found = {
+            key: _mask(values),
+            f"{key}_thick": _mask(self.inferer.thick[0].to(values)),
+            "probability": values[1:],
+            "uncertainty": (entropy / torch.log(torch.tensor(float(len(values))))).clamp(0, 1),
+        }
+        # Plain tensors would be left out by Invertd.
+        result.update({name: MetaTensor(part).copy_meta_from(thin) for name, part in found.items()})
+        return result
+
+
+def _mask(probabilities: Tensor) -> Tensor:
+    return probabilities.argmax(0, keepdim=True).to(torch.uint8)

@@ -18,8 +18,10 @@ from medsr.geometry import (
     slice_axis,
     slice_positions,
     through_plane_ratio,
+    to_slice_last,
 )
 from medsr.resampling import interpolation_matrix
+from medsr.transforms.orientation import permute_spatial
 
 __all__ = ["ResampleThroughPlaned", "UpdateGeometryd"]
 
@@ -87,9 +89,11 @@ class UpdateGeometryd(MapTransform):
         keys: results, in the axis order of the input file.
         source_key: the input as it was read; its ``original_affine`` and ``spatial_shape`` are used.
         spacing_mm: slice spacing of the result; default the in-plane spacing of the source.
+        slices_last: exchange axes so that the slices come last, for files whose spacing no longer tells which axis
+            they are on.
 
     Shape:
-        ``(C, X, Y, Z)``, unchanged.
+        ``(C, X, Y, Z)``, unchanged but for the order of the axes.
 
     Example:
         >>> affine = torch.diag(torch.tensor([1.0, 1, 4, 1], dtype=torch.float64))
@@ -104,10 +108,11 @@ class UpdateGeometryd(MapTransform):
         source_key: str = "image",
         spacing_mm: float | None = None,
         *,
+        slices_last: bool = False,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.source_key, self.spacing_mm = source_key, spacing_mm
+        self.source_key, self.spacing_mm, self.slices_last = source_key, spacing_mm, slices_last
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Set the affine of every key."""
@@ -123,4 +128,6 @@ class UpdateGeometryd(MapTransform):
             new = rescaled_affine(affine, axis, size=size, new_size=values.shape[1 + axis], ratio=ratio)
             kept = {k: v for k, v in meta.items() if k in ("sform_code", "qform_code", "filename_or_obj")}
             result[key] = MetaTensor(values, affine=torch.as_tensor(new), meta=kept)
+            if self.slices_last:
+                result[key] = permute_spatial(result[key], to_slice_last(axis))
         return result

@@ -296,3 +296,34 @@ def test_results_of_an_earlier_run_are_not_replaced_unless_wanted(tmp_path):
     assert "overwrite" in str(error.value)
     CaseOutput(tmp_path, overwrite=True).refuse_existing(["a", "b"])
     assert (tmp_path / "b_uncertainty.nii.gz").read_bytes() == b"earlier"
+
+
+def test_a_layout_of_folders_and_what_is_left_to_do(tmp_path):
+    output = CaseOutput(
+        tmp_path / "pseudo",
+        {"pred": "images", "uncertainty": "uncertainty"},
+        False,
+        layout="{suffix}/{case}.nii.gz",
+    )
+    items = [{"case": "a"}, {"case": "b"}]
+    assert output.pending(items) == items
+    output.write(item("a"), FACTS)
+    assert files(tmp_path / "pseudo" / "images") == ["a.nii.gz"]
+    assert output.written["a"] == ["images/a.nii.gz", "uncertainty/a.nii.gz"]
+    assert output.pending(items) == [{"case": "b"}]
+    # Half of a case is not a case.
+    (tmp_path / "pseudo" / "uncertainty" / "a.nii.gz").unlink()
+    assert output.pending(items) == items
+    output.write(item("a"), FACTS)
+    output.write(item("b"), FACTS)
+    with pytest.raises(OutputError, match="all 2 cases are there already"):
+        output.pending(items)
+
+
+def test_whole_numbers_are_stored_as_such(tmp_path):
+    found = item(uncertainty=False)
+    found["pred"] = MetaTensor(torch.ones(1, 4, 4, 8, dtype=torch.uint8), affine=found["pred"].affine)
+    CaseOutput(tmp_path, {"pred": "seg"}, figure=False).write(found, FACTS)
+    import nibabel
+
+    assert nibabel.load(tmp_path / "a_seg.nii.gz").get_data_dtype() == np.uint8

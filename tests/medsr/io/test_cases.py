@@ -145,3 +145,14 @@ def test_a_labelled_folder_that_does_not_fit_is_refused(labelled, spoil, leave_o
     with pytest.raises(DataError, match=fragment) as caught:
         find_labelled_cases(labelled, leave_out)
     assert str(labelled.parent) not in str(caught.value)
+
+
+def test_a_further_folder_is_used_if_it_is_there(labelled):
+    assert "uncertainty" not in find_labelled_cases(labelled, optional=["uncertainty"])[0]
+    (labelled / "uncertainty").mkdir()
+    (labelled / "uncertainty" / "a.nii.gz").touch()
+    with pytest.raises(DataError, match="b has no partner in uncertainty/"):
+        find_labelled_cases(labelled, optional=["uncertainty"])
+    (labelled / "uncertainty" / "b.nii.gz").touch()
+    items = find_labelled_cases(labelled, optional=["uncertainty"])
+    assert [Path(item["uncertainty"]).name for item in items] == ["a.nii.gz", "b.nii.gz"]

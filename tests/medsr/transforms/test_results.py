@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from medsr.errors import SettingError
 from medsr.transforms.orientation import SliceAxisLastd
-from medsr.transforms.results import SplitUncertaintyd
+from medsr.transforms.results import MaskResultsd, SplitChannelsd, SplitUncertaintyd
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
 
@@ -66,3 +69,45 @@ def test_invertd_restores_the_axes_of_what_was_taken_apart(channels, axis):
 def test_a_missing_result_is_an_error():
     with pytest.raises(KeyError):
         SplitUncertaintyd("pred")({"image": torch.rand(1, 2, 2, 2)})
+
+
+def test_channels_get_keys_of_their_own():
+    pred = MetaTensor(torch.rand(4, 2, 2, 6), affine=2 * torch.eye(4), meta={"name": "a"})
+    found = SplitChannelsd("pred", {"pred": 1, "label": 2, "uncertainty": 1})({"pred": pred})
+    assert torch.equal(found["label"].as_tensor(), pred.as_tensor()[1:3])
+    assert torch.equal(found["uncertainty"].as_tensor(), pred.as_tensor()[3:])
+    assert torch.equal(found["label"].affine, pred.affine)
+    found["label"].meta["name"] = "b"
+    assert found["pred"].meta["name"] == "a"
+    with pytest.raises(SettingError, match="pred: 4 channels cannot be split into"):
+        SplitChannelsd("pred", {"pred": 1, "label": 2})({"pred": pred})
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_masks_of_both_grids_return_to_the_axes_of_the_file(axis):
+    spacing = torch.tensor([1.0, 1, 1, 1], dtype=torch.float64)
+    spacing[axis] = 4
+    image = MetaTensor(torch.rand(1, 3, 4, 5), affine=torch.diag(spacing))
+    preprocessing = Compose([SliceAxisLastd("image")])
+    item = preprocessing({"image": image})
+    thick = torch.stack([item["image"].as_tensor()[0], 1 - item["image"].as_tensor()[0]])
+    item["pred"] = thick.repeat_interleave(4, dim=-1)
+    keys = ["pred", "pred_thick", "probability", "uncertainty"]
+    invert = Invertd(keys, preprocessing, "image", nearest_interp=False)
+    found = invert(MaskResultsd("pred", SimpleNamespace(thick=thick[None]))(item))
+    expected = image.as_tensor() < 0.5
+    assert torch.equal(found["pred_thick"].as_tensor() > 0, expected)
+    assert torch.equal(found["pred"].as_tensor() > 0, expected.repeat_interleave(4, dim=1 + axis))
+    assert found["pred"].dtype == torch.uint8
+    assert torch.allclose(
+        found["probability"].as_tensor(), 1 - image.as_tensor().repeat_interleave(4, 1 + axis)
+    )
+
+
+def test_borders_are_where_two_classes_are_equally_likely():
+    thin = torch.tensor([[0.0, 0.5, 0.9], [1.0, 0.5, 0.05], [0.0, 0.0, 0.05]]).view(3, 3, 1, 1)
+    found = MaskResultsd("pred", SimpleNamespace(thick=thin[None]))({"pred": thin})
+    entropy = found["uncertainty"].ravel().tolist()
+    assert entropy[0] == 0
+    assert entropy[1] == pytest.approx(0.6309, abs=1e-3)
+    assert entropy[2] == pytest.approx(0.359, abs=1e-3)

@@ -146,3 +146,23 @@ def test_a_chosen_spacing_decides_the_affine():
         "pred"
     ]
     np.testing.assert_allclose(spacing_of(found.affine), [1, 1, 2])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_result_may_be_turned_so_that_its_slices_come_last(axis):
+    affine = np.diag([*np.where(np.arange(3) == axis, 3.0, 1.0), 1.0])
+    shape = [4, 5, 6]
+    fine = [n * (3 if k == axis else 1) for k, n in enumerate(shape)]
+    image = MetaTensor(torch.zeros(1, *shape), meta=source_meta(affine, shape))
+    pred = torch.rand(1, *fine)
+    as_it_was, turned = (
+        UpdateGeometryd("pred", slices_last=last)({"image": image, "pred": pred})["pred"]
+        for last in (False, True)
+    )
+    assert turned.shape[-1] == fine[axis]
+    # Every voxel stays where it was.
+    index = np.array([1, 2, 3])
+    order = [k for k in range(3) if k != axis] + [axis]
+    place = np.asarray(as_it_was.affine) @ [*index, 1]
+    assert np.allclose(np.asarray(turned.affine) @ [*index[order], 1], place)
+    assert as_it_was[(0, *index)] == turned[(0, *index[order])]
