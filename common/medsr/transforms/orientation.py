@@ -119,7 +119,8 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         size: block size ``(H, W, L)``, ``L`` along the sharp axis. A volume that is smaller is padded by its edge.
         foreground: smallest share of foreground voxels; after ten draws the best block is taken.
         shuffle: exchange the first two axes at random.
-        label_key: a mask; every second block is the best of ten in how much of the mask it holds.
+        label_key: a mask or probabilities; every second block is the best of ten in how much of it it holds.
+        axes: the sharp axes, instead of what the metadata say.
 
     Shape:
         ``(C, X, Y, Z)`` to ``(C, H, W, L)``.
@@ -138,12 +139,13 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         *,
         shuffle: bool = True,
         label_key: str | None = None,
+        axes: Sequence[int] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)
         self.size, self.foreground, self.shuffle = tuple(int(s) for s in size), float(foreground), shuffle
-        self.label_key = label_key
+        self.label_key, self.axes = label_key, axes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Cut the same block from every key."""
@@ -154,7 +156,7 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         mask = torch.as_tensor(head_mask(first[0])) if mask is None else torch.as_tensor(mask)
         share = self.foreground
         if self.label_key is not None and self.R.random() < 0.5:
-            label = torch.as_tensor(result[self.label_key]).amax(dim=0) > 0
+            label = torch.as_tensor(result[self.label_key]).amax(dim=0) > 0.5
             mask, share = (label, 1.0) if label.any() else (mask, share)
         order, block = self._draw(first, mask, share)
         flips = [axis + 1 for axis in range(3) if self.R.random() < 0.5]
@@ -167,7 +169,7 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
 
     def _draw(self, image: Tensor, mask: Tensor, wanted: float) -> tuple[list[int], tuple[slice, ...]]:
         meta = image.meta if isinstance(image, MetaTensor) else {}
-        sharp = [int(axis) for axis in meta.get("sharp_axes", (0, 1, 2))]
+        sharp = [int(axis) for axis in self.axes or meta.get("sharp_axes", (0, 1, 2))]
         best: tuple[float, list[int], tuple[slice, ...]] | None = None
         for _ in range(10):
             last = sharp[self.R.randint(len(sharp))]
