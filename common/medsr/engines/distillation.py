@@ -30,8 +30,8 @@ class DistillationTrainer(SupervisedTrainer):
     ``teacher``, the features. Without a teacher both are dropped, and the loss must have no term that needs one.
 
     Args:
-        teacher: frozen network with ``encoder_features(image, scale, thickness)``; put into evaluation mode on the
-            trainer's device. None trains without distillation.
+        teacher: frozen network with ``encoder_features(image, scale, thickness, count=n)``, the first ``n`` feature
+            maps; put into evaluation mode on the trainer's device. None trains without distillation.
         teacher_stage: index of the feature map that the teacher hands on.
         **settings: of ``monai.engines.SupervisedTrainer``.
 
@@ -87,6 +87,7 @@ class DistillationTrainer(SupervisedTrainer):
                 )
             precision = torch.autocast("cuda", **self.amp_kwargs) if self.amp else nullcontext()
             with torch.no_grad(), precision:
-                features = self.teacher.encoder_features(image, settings.get("scale"), thickness)
-            targets["teacher"] = features[self.teacher_stage]
+                count = self.teacher_stage + 1
+                features = self.teacher.encoder_features(image, settings.get("scale"), thickness, count=count)
+            targets["teacher"] = features[-1]
         return inputs, targets, args, settings

@@ -182,6 +182,8 @@ def end_process_group() -> None:
 
 
 def distributed(network: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a network so that gradients are averaged over the processes."""
+    """Wrap a module so that gradients are averaged over the processes; one without any stays as it is."""
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        return network
     devices = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(network, device_ids=devices)

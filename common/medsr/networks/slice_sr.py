@@ -201,12 +201,12 @@ class SliceSRNet(nn.Module):
         return torch.cat([chosen, log_uncertainty.exp()], dim=-1)
 
     def encoder_features(
-        self, image: Tensor, scale: float | None = None, thickness: float = 1.0
+        self, image: Tensor, scale: float | None = None, thickness: float = 1.0, *, count: int = 5
     ) -> list[Tensor]:
-        """Feature maps of the stem and the four stages, ``(B, C, H', W', D)``: what distillation looks at."""
+        """The first ``count`` feature maps of stem and stages, ``(B, C, H', W', D)``: what distillation looks at."""
         padded, _ = self._padded(image.permute(0, 1, 4, 2, 3))
         condition = self._condition(self.scale if scale is None else scale, thickness, image)
-        return [level.permute(0, 1, 3, 4, 2) for level in self.encoder(padded, condition)]
+        return [level.permute(0, 1, 3, 4, 2) for level in self.encoder(padded, condition, count=count)]
 
     def _features(self, stack: Tensor, scale: float, thickness: float) -> Tensor:
         """Basis maps in channels-last order ``(B, D, H, W, M)``, float32."""
@@ -340,9 +340,9 @@ class _Encoder(nn.Module):
             for before, after, stride in zip(channels[:-1], channels[1:], (1, 2, 2, 1), strict=True)
         )
 
-    def forward(self, x: Tensor, condition: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, condition: Tensor, *, count: int = 5) -> list[Tensor]:
         levels = [F.relu(self.stem(x) + condition)]
-        for stage in self.stages:
+        for stage in self.stages[: count - 1]:
             levels.append(stage(levels[-1]))
         return levels
 

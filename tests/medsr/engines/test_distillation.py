@@ -51,11 +51,11 @@ class WatchedTeacher(SliceSRNet):
         self.seen: list[dict[str, Any]] = []
 
     def encoder_features(
-        self, image: Tensor, scale: float | None = None, thickness: float = 1.0
+        self, image: Tensor, scale: float | None = None, thickness: float = 1.0, *, count: int = 5
     ) -> list[Tensor]:
         self.seen.append({"image": image.clone(), "scale": scale, "thickness": thickness})
         self.seen[-1].update(training=self.training, gradients=torch.is_grad_enabled())
-        return super().encoder_features(image, scale, thickness)
+        return super().encoder_features(image, scale, thickness, count=count)
 
 
 def student() -> Student:

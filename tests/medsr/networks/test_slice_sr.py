@@ -251,6 +251,9 @@ def test_features_for_distillation_are_those_of_the_layout():
         (32, 2, 3, 5),
         (64, 2, 3, 5),
     ]
+    first = tiny().encoder_features(stack(5, (16, 24)), count=2)
+    assert len(first) == 2
+    assert torch.equal(first[1], levels[1])
 
 
 def test_weights_survive_a_plain_file(tmp_path):

@@ -1,0 +1,219 @@
+"""One table of all masks: thick slices simulated from isotropic labelled volumes, masks compared on the fine grid."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose
+from torch import nn
+
+from medsr.engines.case_evaluator import one_line
+from medsr.engines.runner import load_weights, one_line_errors
+from medsr.errors import MedsrError, SettingError
+from medsr.geometry import spacing_of
+from medsr.inferers.thick_segmentation import ThickSegmentationInferer
+from medsr.io.loading import LoadVolumed
+from medsr.io.writing import write_json
+from medsr.metrics.segmentation import dice, segmentation_scores
+from medsr.transforms.intensity import PercentileToUnitd
+from medsr.transforms.label_interpolation import signed_distance_interpolation
+from medsr.transforms.labels import ClassesToChannelsd, SameGridd
+from medsr.transforms.thick_slices import ThickSliceParameters, thick_slice_affine
+
+__all__ = ["MaskComparison", "mask_table", "named_networks"]
+
+_log = logging.getLogger(__name__)
+
+PROTOCOL = (
+    "mask-v1: thick slices by slice profile from isotropic volumes on the same field of view, slice count cut to whole "
+    "slabs; a thick mask is what fills most of a slice; masks compared on the isotropic grid, distances in mm with the "
+    "spacing in array order, HD95 the larger of both directions; thick Dice on the thick grid; class by class"
+)
+
+
+class MaskComparison:
+    """Segments simulated thick slices with several networks and reads each in every way, on the same slices.
+
+    A network's thick mask is brought to the fine grid by repeating it (``nearest``) and by shape-based interpolation
+    (``signed distance``); its thin mask is there already. What a perfect thick mask would give is in the table too.
+
+    Args:
+        cases: items of :func:`~medsr.io.cases.find_labelled_cases`, near-isotropic, slices along the last axis.
+        networks: name to network.
+        classes: foreground class name to values of the mask file.
+        ratio: slice spacing to simulate, in voxels.
+        gap: gap between slices, in voxels; thickness = ratio - gap.
+        profile: slice profile.
+        inferer: settings of :class:`~medsr.inferers.thick_segmentation.ThickSegmentationInferer` other than geometry.
+        output: file of the results, JSON.
+        device: where to compute.
+
+    Example:
+        >>> MaskComparison([], {}).run()
+        []
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Mapping[str, str]],
+        networks: Mapping[str, nn.Module],
+        classes: Mapping[str, Sequence[int]] | None = None,
+        *,
+        ratio: float = 4.0,
+        gap: float = 0.0,
+        profile: str = "slr",
+        inferer: Mapping[str, Any] | None = None,
+        output: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.cases, self.networks = list(cases), dict(networks)
+        self.classes = dict(classes or {"foreground": [1]})
+        self.parameters = ThickSliceParameters(
+            float(ratio), (float(ratio) - float(gap)) / float(ratio), profile
+        )
+        self.inferer, self.output, self.device = dict(inferer or {}), output, torch.device(device)
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: dict[str, str] = {}
+        self._load = Compose(
+            [
+                LoadVolumed(keys="image"),
+                LoadVolumed(keys="label", allow_constant=True),
+                SameGridd("label"),
+                ClassesToChannelsd("label", self.classes),
+                PercentileToUnitd("image"),
+            ]
+        )
+
+    def run(self) -> list[dict[str, Any]]:
+        """Compare, log and write the table; return one row per case, class and method."""
+        self.rows, self.left_out = [], {}
+        for case in self.cases:
+            try:
+                self.rows += self._compare(case)
+            except Exception as error:
+                self.left_out[case["case"]] = one_line(error)
+                _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
+                continue
+            if self.output:
+                content = {"protocol": PROTOCOL, "rows": self.rows, "left_out": self.left_out}
+                write_json(self.output, content)
+        if self.rows:
+            _log.info("\n%s", mask_table(self.rows))
+        return self.rows
+
+    def finish(self) -> None:
+        """End the process with a non-zero status if a case was left out."""
+        if self.left_out:
+            _log.error("%d of %d cases left out", len(self.left_out), len(self.cases))
+            raise SystemExit(MedsrError.exit_code)
+
+    def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
+        item = self._load(dict(case))
+        size, ratio = item["image"].shape[-1], self.parameters.ratio
+        thick_size = self.parameters.thick_size(size)
+        kept = round(thick_size * ratio)
+        start = (size - kept) // 2
+        affine = np.asarray(item["image"].affine, dtype=np.float64).copy()
+        affine[:3, 3] += affine[:3, 2] * start
+        image, label = (item[key].as_tensor()[..., start : start + kept] for key in ("image", "label"))
+        truth = _class_map(np.asarray(label))
+        thick = image @ torch.as_tensor(self.parameters.matrix(kept, thick_size), dtype=torch.float32).T
+        shares = np.asarray(label) @ self.parameters.label_matrix(kept, thick_size).T
+        thick_truth = _class_map(shares)
+        volume = MetaTensor(
+            thick[None].to(self.device),
+            affine=torch.as_tensor(thick_slice_affine(affine, self.parameters, size=kept)),
+        )
+        spacing = spacing_of(affine)
+        results = {"perfect thick mask": (thick_truth, None)}
+        for name, network in self.networks.items():
+            inferer = ThickSegmentationInferer(float(spacing[2]), **self.inferer)
+            thin = inferer(volume, network.to(self.device))[0].argmax(0)
+            results[name] = (inferer.thick[0].argmax(0).cpu().numpy(), thin.cpu().numpy())
+        thick_spacing = spacing * (1, 1, ratio)
+        rows = []
+        for name, (on_thick, on_thin) in results.items():
+            readings = {
+                kind: signed_distance_interpolation(
+                    on_thick, ratio, spacing_mm=thick_spacing, kind=interpolation
+                )
+                for kind, interpolation in (("nearest", "nearest"), ("signed distance", "linear"))
+            }
+            if on_thin is not None:
+                readings["thin head"] = on_thin
+            for reading, mask in readings.items():
+                for index, label_name in enumerate(self.classes, start=1):
+                    scores = segmentation_scores(mask == index, truth == index, spacing)
+                    row = {
+                        "case": case["case"],
+                        "class": label_name,
+                        "network": name,
+                        "reading": reading,
+                        **scores,
+                        "thick_dice": dice(on_thick == index, thick_truth == index),
+                    }
+                    rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+        return rows
+
+
+@one_line_errors
+def named_networks(network: nn.Module, weights: Mapping[str, str | Path]) -> dict[str, nn.Module]:
+    """Copies of a network with the weights of several trainings.
+
+    Raises:
+        WeightsError: if a file does not fit.
+
+    Example:
+        >>> named_networks(nn.Linear(1, 1), {})
+        {}
+    """
+    return {name: load_weights(path, copy.deepcopy(network)).eval() for name, path in weights.items()}
+
+
+def _class_map(foreground: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Class indices of shares ``(K - 1, ...)``; ties go to the background."""
+    shares = np.concatenate([1 - foreground.sum(0, keepdims=True), foreground])
+    return np.asarray(shares.argmax(0))
+
+
+def mask_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Scores per case, class, network and reading as a Markdown table, means over the cases at the end.
+
+    A score that is not defined, as the distance to an empty mask, stays empty and is left out of the mean.
+
+    Example:
+        >>> row = {"case": "a", "class": "c", "network": "n", "reading": "nearest", "dice": 0.5, "hd95_mm": None}
+        >>> print(mask_table([row]))
+        | case | class | network | reading | dice | hd95_mm |
+        |---|---|---|---|---|---|
+        | a | c | n | nearest | 0.500 |  |
+        | mean | c | n | nearest | 0.500 |  |
+    """
+    if not rows:
+        raise SettingError("there are no rows to put into a table; check the cases")
+    keys = ("case", "class", "network", "reading")
+    scores = [name for name in rows[0] if name not in keys]
+    lines = ["| " + " | ".join([*keys, *scores]) + " |", "|---" * (len(keys) + len(scores)) + "|"]
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys[1:]), []).append(row)
+        lines.append(_line([row[key] for key in keys], [row.get(name) for name in scores]))
+    for group, members in groups.items():
+        means = []
+        for name in scores:
+            values = [row[name] for row in members if row.get(name) is not None]
+            means.append(float(np.mean(values)) if values else None)
+        lines.append(_line(["mean", *group], means))
+    return "\n".join(lines)
+
+
+def _line(names: Sequence[str], values: Sequence[float | None]) -> str:
+    return "| " + " | ".join([*names, *("" if v is None else f"{v:.3f}" for v in values)]) + " |"
