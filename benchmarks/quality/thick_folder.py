@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.thick_folder tumour OUT [--ratio 4] [--gap 0] [--data FOLDER]
 
-OUT gets ``images/`` and ``labels/`` (thick; a voxel belongs to the class that fills most of it), and ``true/images``
+OUT gets ``images/`` and ``labels/`` (thick; a voxel is foreground if at least half of it is), and ``true/images``
 and ``true/labels`` (the same field of view, isotropic: for evaluation and for the upper bound only).
 """
 
@@ -17,7 +17,7 @@ import torch
 from medsr.geometry import spacing_of
 from medsr.io.cases import read_case
 from medsr.io.writing import probe_folder, write_json, write_nifti
-from medsr.transforms.labels import ClassesToChannelsd
+from medsr.transforms.labels import ClassesToChannelsd, drawn_classes
 from medsr.transforms.thick_slices import ThickSliceParameters, thick_slice_affine
 from monai.data import MetaTensor
 
@@ -71,13 +71,14 @@ def write_case(
     affine[:3, 3] += affine[:3, 2] * start
     image, truth = image[..., start : start + kept], label[0, ..., start : start + kept].numpy()
     thick = image @ parameters.matrix(kept, thick_depth).T
-    drawn = truth @ parameters.label_matrix(kept, thick_depth).T >= 0.5
+    shares = torch.as_tensor(truth @ parameters.label_matrix(kept, thick_depth).T)
+    drawn = drawn_classes(shares[None]).numpy()
     thick_affine = thick_slice_affine(affine, parameters, size=kept)
     for folder, values, place in (
         ("images", thick, thick_affine),
-        ("labels", drawn.astype(np.uint8), thick_affine),
+        ("labels", drawn, thick_affine),
         ("true/images", image, affine),
-        ("true/labels", truth.astype(np.uint8), affine),
+        ("true/labels", truth, affine),
     ):
         probe_folder(output / folder)
         write_nifti(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose
@@ -25,7 +24,7 @@ from medsr.io.writing import write_json
 from medsr.metrics.segmentation import dice, segmentation_scores
 from medsr.transforms.intensity import PercentileToUnitd
 from medsr.transforms.label_interpolation import signed_distance_interpolation
-from medsr.transforms.labels import ClassesToChannelsd, SameGridd
+from medsr.transforms.labels import ClassesToChannelsd, SameGridd, drawn_classes
 from medsr.transforms.thick_slices import ThickSliceParameters, thick_slice_affine
 
 __all__ = ["MaskComparison", "mask_table", "named_networks"]
@@ -34,8 +33,8 @@ _log = logging.getLogger(__name__)
 
 PROTOCOL = (
     "mask-v1: thick slices by slice profile from isotropic volumes on the same field of view, slice count cut to whole "
-    "slabs; a thick mask is what fills most of a slice; masks compared on the isotropic grid, distances in mm with the "
-    "spacing in array order, HD95 the larger of both directions; thick Dice on the thick grid; class by class"
+    "slabs; a thick mask is what fills at least half of a slice; masks compared on the isotropic grid, distances in mm "
+    "with the spacing in array order, HD95 the larger of both directions; thick Dice on the thick grid; class by class"
 )
 
 
@@ -124,10 +123,10 @@ class MaskComparison:
         affine = np.asarray(item["image"].affine, dtype=np.float64).copy()
         affine[:3, 3] += affine[:3, 2] * start
         image, label = (item[key].as_tensor()[..., start : start + kept] for key in ("image", "label"))
-        truth = _class_map(np.asarray(label))
+        truth = drawn_classes(label).numpy()
         thick = image @ torch.as_tensor(self.parameters.matrix(kept, thick_size), dtype=torch.float32).T
-        shares = np.asarray(label) @ self.parameters.label_matrix(kept, thick_size).T
-        thick_truth = _class_map(shares)
+        area = torch.as_tensor(self.parameters.label_matrix(kept, thick_size), dtype=torch.float32)
+        thick_truth = drawn_classes(label @ area.T).numpy()
         volume = MetaTensor(
             thick[None].to(self.device),
             affine=torch.as_tensor(thick_slice_affine(affine, self.parameters, size=kept)),
@@ -176,12 +175,6 @@ def named_networks(network: nn.Module, weights: Mapping[str, str | Path]) -> dic
         {}
     """
     return {name: load_weights(path, copy.deepcopy(network)).eval() for name, path in weights.items()}
-
-
-def _class_map(foreground: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Class indices of shares ``(K - 1, ...)``; ties go to the background."""
-    shares = np.concatenate([1 - foreground.sum(0, keepdims=True), foreground])
-    return np.asarray(shares.argmax(0))
 
 
 def mask_table(rows: Sequence[Mapping[str, Any]]) -> str:

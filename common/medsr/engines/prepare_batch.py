@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medsr.errors import SettingError
+from medsr.transforms.labels import drawn_classes
 from medsr.transforms.thick_slices import MIN_RATIO, RandSimulateThickSlices, ThickSliceParameters
 
 __all__ = ["PrepareThickSlices"]
@@ -103,8 +104,8 @@ class PrepareThickSlices:
         inputs = sharp @ torch.as_tensor(parameters.matrix(length, slices)).to(sharp).T
         if self.label_classes:
             area = torch.as_tensor(parameters.label_matrix(length, slices)).to(sharp)
-            # Who draws on a thick slice decides for each voxel what fills most of it.
-            labels = (sharp[:, 1:] @ area.T >= 0.5).to(sharp)
+            mask = drawn_classes(sharp[:, 1:] @ area.T, dim=1).unsqueeze(1)
+            labels = torch.cat([mask == k + 1 for k in range(self.label_classes)], dim=1).to(sharp)
             inputs = torch.cat([inputs[:, :1], labels], dim=1)
         return self._with_noise(inputs), target, (), {"scale": ratio, "thickness": drawn.thickness}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
+from medsr.transforms.labels import drawn_classes
 from medsr.transforms.thick_slices import ThickSliceParameters
 
 __all__ = ["PreparePseudoThick"]
@@ -107,7 +108,8 @@ class PreparePseudoThick:
         image = self._recontrast(given["image"])
         thick = image @ torch.as_tensor(parameters.matrix(length, self.slices)).to(image).T
         probabilities = _with_background(given["label"])
-        drawn = F.one_hot((probabilities @ area).argmax(1), probabilities.shape[1]).movedim(-1, 1).float()
+        drawn = F.one_hot(drawn_classes(probabilities[:, 1:] @ area, dim=1), probabilities.shape[1])
+        drawn = drawn.movedim(-1, 1).float()
         targets = {
             "thick": drawn,
             "thin": probabilities[..., start : start + count],

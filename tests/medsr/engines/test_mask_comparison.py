@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from medsr.engines.mask_comparison import MaskComparison, mask_table, named_networks
+from medsr.errors import SettingError
+from medsr.io.cases import find_labelled_cases
+from medsr.io.writing import write_nifti
+from medsr.networks.thick_segmentation import ThickSegmentationNet
+from medsr.resampling import interpolation_matrix
+from torch import Tensor, nn
+
+
+class Threshold(nn.Module):
+    """Knows the answer: the mask is where the image is bright."""
+
+    patch_size, spacing_mm = (32, 32, 16), (1.0, 1.0, 4.0)
+
+    def features(self, image: Tensor) -> Tensor:
+        return image.clone()
+
+    def read_thick(self, features: Tensor) -> Tensor:
+        return 50 * torch.cat([0.5 - features, features - 0.5], dim=1)
+
+    def read_thin(self, features: Tensor, scale: float) -> Tensor:
+        depth = features.shape[-1]
+        count = round(depth * scale)
+        positions = (np.arange(count) + 0.5) / scale - 0.5
+        matrix = torch.as_tensor(interpolation_matrix(depth, positions, kind="cubic"), dtype=torch.float32)
+        return self.read_thick(features @ matrix.T)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Balls of 13 and 9 voxels radius, bright in a grey box with a little texture; the second mask is empty."""
+    place = np.stack(np.meshgrid(*[np.arange(n) for n in (32, 34, 43)], indexing="ij"), -1)
+    box = (np.abs(place - (15.5, 16.5, 21)) < 15).all(-1)
+    for name, radius in (("a", 13.0), ("b", 9.0)):
+        ball = np.linalg.norm(place - (15.3, 16.8, 20.9), axis=-1) < radius
+        texture = np.random.default_rng(0).normal(0, 0.01, ball.shape)
+        for part, values in (("images", box * (0.3 + 0.6 * ball + texture)), ("labels", 2 * ball * (name == "a"))):
+            path = tmp_path / "data" / part / f"{name}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            dtype = np.float32 if part == "images" else np.uint8
+            write_nifti(path, values.astype(dtype), affine=np.diag([1.0, 1, 1, 1]), dtype=dtype)
+    return tmp_path / "data"
+
+
+def compare(folder: Path, **settings) -> MaskComparison:
+    cases = find_labelled_cases(folder)
+    networks = {"bright": Threshold()}
+    found = MaskComparison(cases, networks, {"ball": [2]}, inferer={"amp": "float32"}, **settings)
+    found.run()
+    return found
+
+
+def test_every_network_is_read_in_every_way_on_the_same_slices(folder, tmp_path):
+    found = compare(folder, output=tmp_path / "masks.json")
+    rows = {(r["case"], r["network"], r["reading"]): r for r in found.rows}
+    assert set(rows) == {
+        (case, network, reading)
+        for case in "ab"
+        for network, reading in (
+            ("perfect thick mask", "nearest"),
+            ("perfect thick mask", "signed distance"),
+            ("bright", "nearest"),
+            ("bright", "signed distance"),
+            ("bright", "thin head"),
+        )
+    }
+    first = {key[1:]: row for key, row in rows.items() if key[0] == "a"}
+    # The network sees what the mask was drawn from, and steps cost what they cost.
+    assert first["bright", "nearest"]["thick_dice"] > 0.97
+    assert first["perfect thick mask", "nearest"]["thick_dice"] == 1
+    assert 0.9 < first["perfect thick mask", "nearest"]["dice"] < 0.97
+    for network in ("perfect thick mask", "bright"):
+        assert first[network, "signed distance"]["dice"] > first[network, "nearest"]["dice"]
+        assert first[network, "signed distance"]["assd_mm"] < first[network, "nearest"]["assd_mm"]
+    assert first["bright", "thin head"]["dice"] > first["bright", "nearest"]["dice"]
+    saved = json.loads((tmp_path / "masks.json").read_text())
+    assert saved["rows"] == found.rows
+    assert saved["protocol"].startswith("mask-v1")
+
+
+def test_an_empty_mask_is_never_a_success(folder):
+    rows = {(r["network"], r["reading"]): r for r in compare(folder).rows if r["case"] == "b"}
+    assert rows["perfect thick mask", "nearest"]["dice"] is None
+    assert rows["bright", "thin head"]["dice"] == 0
+    assert rows["bright", "thin head"]["hd95_mm"] is None
+
+
+def test_a_gap_and_a_ratio_that_is_no_whole_number(folder):
+    rows = compare(folder, ratio=3.5, gap=1.0).rows
+    assert all(row["dice"] is None or row["dice"] >= 0 for row in rows)
+    assert max(row["dice"] or 0 for row in rows if row["network"] == "bright") > 0.9
+
+
+def test_a_bad_case_is_left_out_and_ends_the_run_with_a_status(folder, caplog):
+    write_nifti(
+        folder / "labels" / "a.nii.gz", np.zeros((5, 5, 5), np.uint8), affine=np.eye(4), dtype=np.uint8
+    )
+    found = compare(folder)
+    assert list(found.left_out) == ["a"]
+    assert "5 x 5 x 5" in found.left_out["a"]
+    assert {row["case"] for row in found.rows} == {"b"}
+    with pytest.raises(SystemExit):
+        found.finish()
+
+
+def test_the_mean_leaves_out_what_is_not_defined():
+    rows = [
+        {"case": case, "class": "c", "network": "n", "reading": "nearest", "dice": 0.5, "hd95_mm": hd95}
+        for case, hd95 in (("a", 2.0), ("b", None))
+    ]
+    assert mask_table(rows).splitlines()[-1] == "| mean | c | n | nearest | 0.500 | 2.000 |"
+    with pytest.raises(SettingError, match="no rows"):
+        mask_table([])
+
+
+def test_networks_are_copies_with_weights_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    network = ThickSegmentationNet(patch_size=(32, 32, 8), width=2)
+    for name in ("first", "second"):
+        other = ThickSegmentationNet(patch_size=(32, 32, 8), width=2)
+        torch.save(other.state_dict(), tmp_path / f"{name}.pt")
+    found = named_networks(network, {name: tmp_path / f"{name}.pt" for name in ("first", "second")})
+    weights = [n.thick_head.conv.conv.weight for n in (network, *found.values())]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
