@@ -195,6 +195,8 @@ class ThickSegmentationNet(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv3d(thin_channels, classes, thin_kernel, padding=thin_kernel // 2),
         ).apply(DynUNet.initialize_weights)
+        # With so few channels on so fine a grid four times as fast on a CPU as the default order; the trunk is not.
+        self.thin_head = self.thin_head.to(memory_format=torch.channels_last_3d)
         self.thin_halo = 1 + thin_kernel // 2
 
     def forward(
@@ -251,6 +253,7 @@ class ThickSegmentationNet(nn.Module):
             # In bfloat16 the weights would not add up to one.
             with torch.autocast(features.device.type, enabled=False):
                 fine = features @ rows[low : stop + self.thin_halo].T
+            fine = fine.contiguous(memory_format=torch.channels_last_3d)
             parts.append(self.thin_head(fine)[..., first - low : stop - low])
         return torch.cat(parts, dim=-1)
 
