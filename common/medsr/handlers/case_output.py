@@ -8,9 +8,9 @@ import hashlib
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from monai.engines.utils import IterationEvents
 
 import medsr
 from medsr.errors import MedsrError, OutputError
-from medsr.geometry import slice_axis, slice_positions, spacing_of, to_slice_last
-from medsr.handlers.qc_figure import draw_qc
+from medsr.geometry import spacing_of
+from medsr.handlers.qc_figure import superres_figure
 from medsr.io.writing import write_figure, write_json, write_nifti
-from medsr.resampling import interpolation_matrix, resample_last_axis
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["CaseOutput", "RunReport"]
 
@@ -46,6 +48,8 @@ class CaseOutput:
         figure: also draw ``<case>_qc.png``.
         overwrite: replace volumes of an earlier run.
         layout: where the volume of a case and a suffix goes, below the folder.
+        draw: makes the figure from a postprocessed item and the facts of the inferer; see
+            :mod:`medsr.handlers.qc_figure`.
 
     Example:
         >>> sorted(CaseOutput("out").suffixes.values())
@@ -60,9 +64,10 @@ class CaseOutput:
         *,
         overwrite: bool = False,
         layout: str = "{case}_{suffix}.nii.gz",
+        draw: Callable[[Mapping[str, Any], Mapping[str, Any]], Figure] = superres_figure,
     ) -> None:
         self.output_dir, self.figure, self.overwrite = Path(output_dir), figure, overwrite
-        self.layout = layout
+        self.layout, self.draw = layout, draw
         self.suffixes = dict(suffixes or {"pred": "superres", "uncertainty": "uncertainty"})
         self.written: dict[str, list[str]] = {}
 
@@ -119,7 +124,7 @@ class CaseOutput:
                     self._volume(item[key], done[-1])
             if self.figure:
                 done.append(self.output_dir / f"{case}_qc.png")
-                write_figure(done[-1], self._draw(item, facts))
+                write_figure(done[-1], self.draw(item, facts))
         except BaseException:
             for path in done:
                 with contextlib.suppress(OSError):
@@ -142,41 +147,6 @@ class CaseOutput:
         codes = {name: max(1, int(image.meta.get(name, 1))) for name in ("sform_code", "qform_code")}
         affine = np.asarray(image.affine, dtype=np.float64)
         write_nifti(path, array, affine=affine, dtype=array.dtype, **codes)
-
-    def _draw(self, item: Mapping[str, Any], facts: Mapping[str, Any]) -> Any:
-        pred = item["pred"]
-        order = to_slice_last(slice_axis(item["image"].meta["original_affine"], force=True))
-        fine = np.asarray(pred.as_tensor()[0].permute(order).cpu().float())
-        source = item["image"]
-        meta = source.meta
-        scale, offset = float(meta.get("intensity_scale", 1)), float(meta.get("intensity_offset", 0))
-        thick = np.asarray(source.as_tensor()[0].cpu().float()) * scale + offset
-        ratio = float(facts.get("ratio", fine.shape[2] / thick.shape[2]))
-        positions = slice_positions(thick.shape[2], fine.shape[2], ratio)
-        volumes = {
-            f"{caption}": resample_last_axis(
-                thick, interpolation_matrix(thick.shape[2], positions, kind=kind)
-            )
-            for caption, kind in (("input slices", "nearest"), ("cubic", "cubic"))
-        }
-        volumes["super-resolved"] = fine
-        if "uncertainty" in item:
-            volumes["uncertainty"] = np.asarray(
-                item["uncertainty"].as_tensor()[0].permute(order).cpu().float()
-            )
-        spacing = spacing_of(np.asarray(pred.affine, dtype=np.float64))[list(order)]
-        consistency = facts.get("data_consistency_db")
-        footer = (
-            f"ratio {ratio:g}; slice profile {facts.get('slice_profile', '-')}, thickness / spacing "
-            f"{facts.get('slice_thickness_per_spacing', '-')}; data consistency {consistency} dB; "
-            f"uncertainty = expected absolute error, unit of the image; medsr {medsr.__version__}. Not for diagnosis."
-        )
-        return draw_qc(
-            volumes,
-            spacing_mm=tuple(float(s) for s in spacing),
-            title=f"{item['case']}: slices of {float(spacing[2]) * ratio:.3g} mm to {spacing[2]:.3g} mm",
-            footer=footer,
-        )
 
 
 class RunReport:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from medsr.engines.case_evaluator import CaseDataset, CaseEvaluator
 from medsr.errors import OutputError
-from medsr.handlers import case_output
 from medsr.handlers.case_output import CaseOutput, RunReport
+from medsr.handlers.qc_figure import segmentation_figure, superres_figure
 from medsr.inferers.volume import VolumeInferer
 from medsr.io.loading import LoadVolumed
 from medsr.io.nifti import read_nifti
@@ -24,6 +24,7 @@ from medsr.transforms.intensity import PercentileToUnitd, RestoreIntensityd
 from medsr.transforms.orientation import SliceAxisLastd
 from medsr.transforms.results import SplitUncertaintyd
 from medsr.transforms.through_plane import UpdateGeometryd
+from monai.bundle import ConfigParser
 from monai.data import DataLoader, MetaTensor
 from monai.transforms import Compose, Invertd
 
@@ -97,14 +98,14 @@ def test_suffixes_may_be_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OutputError, KeyboardInterrupt])
-def test_nothing_remains_of_a_case_whose_figure_fails(tmp_path, monkeypatch, error):
+def test_nothing_remains_of_a_case_whose_figure_fails(tmp_path, error):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error("no figure")
 
     output = CaseOutput(tmp_path)
     output.write(item("good"), FACTS)
     before = files(tmp_path)
-    monkeypatch.setattr(case_output, "draw_qc", fail)
+    output.draw = fail
     with pytest.raises(error, match="no figure"):
         output.write(item("bad"), FACTS)
     assert files(tmp_path) == before
@@ -119,25 +120,36 @@ def test_nothing_remains_of_a_case_whose_second_volume_fails(tmp_path):
     assert files(tmp_path) == []
 
 
-def test_the_figure_shows_input_interpolation_result_and_uncertainty(tmp_path, monkeypatch):
-    shown: dict[str, Any] = {}
-    real = case_output.draw_qc
+def test_the_figure_is_drawn_from_the_item_and_the_facts_by_whom_one_chooses(tmp_path):
+    from matplotlib.figure import Figure
 
-    def spy(volumes: dict[str, np.ndarray], **settings: Any) -> Any:
-        shown.update(volumes=volumes, **settings)
-        return real(volumes, **settings)
+    seen: list[Any] = []
 
-    monkeypatch.setattr(case_output, "draw_qc", spy)
+    def draw(*given: Any) -> Figure:
+        seen.append(given)
+        return Figure(figsize=(1, 1))
+
     one = item()
-    CaseOutput(tmp_path).write(one, FACTS)
-    assert list(shown["volumes"]) == ["input slices", "cubic", "super-resolved", "uncertainty"]
-    assert {volume.shape for volume in shown["volumes"].values()} == {(16, 16, 20)}
-    # The input is shown in the unit of the result; here the result is the repeated input.
-    assert np.allclose(shown["volumes"]["input slices"], shown["volumes"]["super-resolved"], atol=1e-4)
-    assert shown["spacing_mm"] == (1.0, 1.0, 1.0)
-    assert "41.5 dB" in shown["footer"]
-    assert "Not for diagnosis" in shown["footer"]
-    assert "4 mm to 1 mm" in shown["title"]
+    CaseOutput(tmp_path, draw=draw).write(one, FACTS)
+    assert files(tmp_path) == ["a_qc.png", "a_superres.nii.gz", "a_uncertainty.nii.gz"]
+    assert [(given[0] is one, given[1] is FACTS) for given in seen] == [(True, True)]
+    CaseOutput(tmp_path, figure=False, draw=draw).write(item("b"), FACTS)
+    assert len(seen) == 1
+
+
+def test_a_config_chooses_how_a_case_is_drawn():
+    settings = {
+        "imports": ["$import medsr.handlers.qc_figure as qc_figure"],
+        "plain": {"_target_": "medsr.handlers.case_output.CaseOutput", "output_dir": "out"},
+        "masks": {
+            "_target_": "medsr.handlers.case_output.CaseOutput",
+            "output_dir": "out",
+            "draw": "$qc_figure.segmentation_figure",
+        },
+    }
+    parser = ConfigParser(settings)
+    assert parser.get_parsed_content("masks").draw is segmentation_figure
+    assert parser.get_parsed_content("plain").draw is superres_figure
 
 
 # --- report -------------------------------------------------------------------------------------------------------

@@ -3,12 +3,17 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from medsr.errors import DataError, SettingError
-from medsr.handlers import draw_qc
+from medsr.geometry import rescaled_affine, to_slice_last
+from medsr.handlers import draw_qc, qc_figure
+from medsr.handlers.qc_figure import segmentation_figure, superres_figure
 from medsr.phantoms import head
+from monai.data import MetaTensor
 
 ALL = ("input slices", "cubic", "super-resolved", "uncertainty", "reference", "absolute error")
 
@@ -36,6 +41,27 @@ def panels(figure, name):
     centre = top.get_position().x0 + top.get_position().width / 2
     column = [a for a in figure.axes if a.get_position().height > 0.05]
     return [a for a in column if a.get_position().x0 < centre < a.get_position().x1]
+
+
+def check_texts(figure) -> None:
+    """No text overlaps another or leaves the page."""
+    drawn(figure)
+    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for axes in figure.axes:
+        texts += [axes.title, axes.xaxis.label, *axes.texts]
+        if axes.get_xlabel():
+            low, high = axes.get_xlim()
+            ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+            texts += [label for tick, label in ticks if low <= tick <= high]
+    boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text()]
+    page = figure.bbox
+    for number, (text, box) in enumerate(boxes):
+        assert page.x0 <= box.x0, text
+        assert box.x1 <= page.x1, text
+        assert page.y0 <= box.y0, text
+        assert box.y1 <= page.y1, text
+        for other, rival in boxes[number + 1 :]:
+            assert not box.overlaps(rival), (text, other)
 
 
 def test_one_axes_per_panel_and_one_bar_per_run(volumes):
@@ -134,23 +160,7 @@ def test_no_text_overlaps_another_or_leaves_the_page(volumes, columns):
         title="A long headline about a head with thick slices, enough to need two lines on a narrow page",
         footer="Protocol: " + "slice profile, thickness, spacing, gap, mask, data range, kernel; " * 6,
     )
-    drawn(figure)
-    texts = [*figure.texts]
-    for axes in figure.axes:
-        texts += [axes.title, axes.xaxis.label, *axes.texts]
-        if axes.get_xlabel():
-            low, high = axes.get_xlim()
-            ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
-            texts += [label for tick, label in ticks if low <= tick <= high]
-    boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text()]
-    page = figure.bbox
-    for number, (text, box) in enumerate(boxes):
-        assert page.x0 <= box.x0, text
-        assert box.x1 <= page.x1, text
-        assert page.y0 <= box.y0, text
-        assert box.y1 <= page.y1, text
-        for other, rival in boxes[number + 1 :]:
-            assert not box.overlaps(rival), (text, other)
+    check_texts(figure)
 
 
 def test_pyplot_is_not_touched(tmp_path):
@@ -211,3 +221,282 @@ def test_faults_are_named(volumes):
         draw_qc({"a": np.ones((4, 4, 4))}, spacing_mm=(1, 1, 1))
     with pytest.raises(SettingError, match="spacing_mm"):
         draw_qc({"a": image}, spacing_mm=(1, 1, 0))
+
+
+# --- from items ---------------------------------------------------------------------------------------------------
+
+RATIO, THIN_MM = 4, (1.0, 1.5, 2.0)
+FACTS = {"ratio": float(RATIO), "data_consistency_db": 41.5, "slice_profile": "slr"}
+BOX = np.s_[4:12, 6:16, 9:17]
+THICK_BOX = np.s_[4:12, 6:16, 2:4]
+COLUMNS = ("thick slices, thick mask", "cubic between slices, thin mask", "uncertainty")
+SKY_BLUE, ORANGE = "#56b4e9", "#e69f00"
+
+
+def item(
+    thin: np.ndarray | None = None, thick: np.ndarray | None = None, *, classes: int = 1, axis: int = 2
+) -> dict[str, Any]:
+    """A postprocessed item with masks given slices last, in a file whose slices lie along ``axis``."""
+    rng = np.random.default_rng(0)
+    order = to_slice_last(axis)
+    shape = (24, 20, 6)
+    fine = (*shape[:2], RATIO * shape[2])
+    masks = {"pred": np.zeros(fine), "pred_thick": np.zeros(shape)}
+    masks["pred"][BOX] = masks["pred_thick"][THICK_BOX] = 1
+    masks.update({key: mask for key, mask in (("pred", thin), ("pred_thick", thick)) if mask is not None})
+    affine = np.eye(4)
+    affine[order, order] = (*THIN_MM[:2], THIN_MM[2] * RATIO)
+    new = rescaled_affine(affine, axis, size=shape[2], new_size=fine[2])
+
+    def stored(values: np.ndarray, matrix: np.ndarray) -> MetaTensor:
+        values = torch.as_tensor(values)
+        return MetaTensor(
+            values.permute(0, *(1 + int(i) for i in np.argsort(order))), affine=torch.as_tensor(matrix)
+        )
+
+    image = MetaTensor(
+        torch.as_tensor(rng.uniform(0.2, 1, (1, *shape)), dtype=torch.float32),
+        affine=torch.as_tensor(affine[:, [*order, 3]]),
+        meta={"original_affine": torch.as_tensor(affine), "intensity_scale": 10.0, "intensity_offset": 3.0},
+    )
+    return {
+        "image": image,
+        "case": "a",
+        "pred": stored(masks["pred"][None].astype(np.uint8), new),
+        "pred_thick": stored(masks["pred_thick"][None].astype(np.uint8), affine),
+        "probability": stored(rng.random((classes, *fine)), new),
+        "uncertainty": stored(rng.random((1, *fine)), new),
+    }
+
+
+@pytest.fixture(scope="module")
+def figure():
+    return segmentation_figure(item(), FACTS)
+
+
+def outline(axes, colour: str = SKY_BLUE) -> np.ndarray:
+    """Edges of one colour, (n, 2, 2) in mm."""
+    from matplotlib.colors import to_hex
+
+    drawn = [one for one in axes.collections if to_hex(one.get_color()[0]) == colour]
+    return np.concatenate([np.asarray(one.get_segments()) for one in drawn]) if drawn else np.empty((0, 2, 2))
+
+
+def box(edges: np.ndarray) -> list[float]:
+    return [float(v) for v in (*edges.min(axis=(0, 1)), *edges.max(axis=(0, 1)))]
+
+
+def notes(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts if "mm" not in text.get_text()]
+
+
+def legend(figure) -> list[str]:
+    (only,) = figure.legends
+    return [text.get_text() for text in only.get_texts()]
+
+
+def row_names(figure) -> list[str]:
+    return [text.get_text() for text in figure.texts if text.get_rotation() == 90]
+
+
+def test_a_super_resolved_item_shows_input_interpolation_result_and_uncertainty(monkeypatch):
+    shown: dict[str, Any] = {}
+    monkeypatch.setattr(
+        qc_figure, "draw_qc", lambda volumes, **rest: shown.update(volumes=volumes, **rest) or "figure"
+    )
+    one = item()
+    one["pred"] = MetaTensor(
+        one["image"].as_tensor().repeat_interleave(4, -1) * 10 + 3, affine=one["pred"].affine
+    )
+    assert superres_figure(one, FACTS) == "figure"
+    assert list(shown["volumes"]) == ["input slices", "cubic", "super-resolved", "uncertainty"]
+    assert {volume.shape for volume in shown["volumes"].values()} == {(24, 20, 24)}
+    # The input is shown in the unit of the result; here the result is the repeated input.
+    assert np.allclose(shown["volumes"]["input slices"], shown["volumes"]["super-resolved"], atol=1e-4)
+    assert shown["spacing_mm"] == THIN_MM
+    assert "41.5 dB" in shown["footer"]
+    assert "Not for diagnosis" in shown["footer"]
+    assert "8 mm to 2 mm" in shown["title"]
+    del one["uncertainty"]
+    superres_figure(one, {})
+    assert list(shown["volumes"]) == ["input slices", "cubic", "super-resolved"]
+    assert "ratio 4;" in shown["footer"]
+
+
+def test_outlines_run_where_the_masks_are(figure):
+    thick, thin, unsure = (panels(figure, name) for name in COLUMNS)
+    (a, b), (c, d), (e, f) = (4.0, 12.0), (9.0, 24.0), (18.0, 34.0)  # the box in mm
+    for axes, expected in zip(thin, ([a, e, b, f], [c, e, d, f], [a, c, b, d]), strict=True):
+        edges = outline(axes)
+        assert box(edges) == expected
+        lengths = np.abs(np.diff(edges, axis=1)).sum()
+        assert lengths == pytest.approx(2 * (expected[2] - expected[0] + expected[3] - expected[1]))
+    # The slabs 2 and 3 of 8 mm.
+    assert [box(outline(axes)) for axes in thick] == [[a, 16, b, 32], [c, 16, d, 32], [a, c, b, d]]
+    assert not any(axes.collections for axes in unsure)
+
+
+def test_the_outline_of_the_thick_mask_is_a_staircase_of_whole_slices():
+    x, y, z = np.meshgrid(
+        np.arange(24) - 11.5, (np.arange(20) - 9.5) * 1.5, np.arange(24) * 2.0 - 23, indexing="ij"
+    )
+    ball = x**2 + y**2 + z**2 < 10**2
+    figure = segmentation_figure(item(ball, ball[..., 1::4]), FACTS)
+    coarse, fine = (panels(figure, name)[0] for name in COLUMNS[:2])
+    for axes, step in ((coarse, 8), (fine, 2)):
+        edges = outline(axes)
+        treads = edges[edges[:, 0, 1] == edges[:, 1, 1]][:, 0, 1]
+        assert len(np.unique(treads)) > 2
+        assert (treads % step == 0).all()
+    assert (np.unique(outline(fine)[..., 1]) % 8 != 0).any()
+
+
+def test_images_under_the_outlines_are_the_slices_and_their_interpolation(figure):
+    one = item()
+    slices = one["image"].numpy()[0] * 10 + 3
+    thick, cubic, unsure = (
+        [np.asarray(axes.images[0].get_array()) for axes in panels(figure, name)] for name in COLUMNS
+    )
+    i, j, k = (int(name.split()[-1]) for name in np.array(row_names(figure))[[1, 0, 2]])
+    assert np.allclose(thick[0], slices[:, j].T.repeat(4, axis=0))
+    assert np.allclose(thick[1], slices[i].T.repeat(4, axis=0))
+    assert np.allclose(thick[2], slices[..., k // 4].T)
+    assert not np.allclose(cubic[2], thick[2])
+    assert np.allclose(unsure[2], one["uncertainty"].numpy()[0, ..., k].T)
+
+
+def test_planes_of_masks_are_physical_and_of_one_scale(figure):
+    size = figure.get_size_inches()
+    scales = []
+    for name in COLUMNS:
+        for axes, (across, up) in zip(panels(figure, name), ((0, 2), (1, 2), (0, 1)), strict=True):
+            where = axes.get_position()
+            scales += [
+                where.width * size[0] / np.ptp(axes.get_xlim()),
+                where.height * size[1] / np.ptp(axes.get_ylim()),
+            ]
+            shape = (24, 20, 24)
+            extent = axes.images[0].get_extent()
+            assert extent[1] == pytest.approx(shape[across] * THIN_MM[across])
+            assert extent[3] == pytest.approx(shape[up] * THIN_MM[up])
+    assert np.allclose(scales, scales[0])
+
+
+def test_uncertainty_has_one_fixed_scale_and_is_explained(figure):
+    assert {axes.images[0].get_clim() for axes in panels(figure, "uncertainty")} == {(0.0, 1.0)}
+    grey = {axes.images[0].get_clim() for name in COLUMNS[:2] for axes in panels(figure, name)}
+    assert len(grey) == 1
+    assert [axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()] == [
+        "intensity",
+        "0 sure, 1 undecided",
+    ]
+    texts = " ".join(" ".join(text.get_text().split()) for text in figure.texts)
+    assert "entropy of the class probabilities" in texts
+    assert "Not for diagnosis" in texts
+    assert "a: slices of 8 mm, mask on slices of 2 mm" in texts
+    assert legend(figure) == ["foreground"]
+
+
+def test_a_small_mask_far_from_the_middle_is_enlarged_and_not_cut_off():
+    thin = np.zeros((24, 20, 24))
+    thin[21:23, 1:3, 22:24] = 1
+    figure = segmentation_figure(item(thin, thin[..., 3::4]), FACTS)
+    whole = panels(segmentation_figure(item(thin * 0, thin[..., 3::4] * 0), FACTS), COLUMNS[1])
+    for axes, wide in zip(panels(figure, COLUMNS[1]), whole, strict=True):
+        left, low, right, high = box(outline(axes))
+        assert axes.get_xlim()[0] < left < right < axes.get_xlim()[1]
+        assert axes.get_ylim()[0] < low < high < axes.get_ylim()[1]
+        assert np.ptp(axes.get_xlim()) < 0.6 * np.ptp(wide.get_xlim())
+
+
+def test_without_foreground_the_middle_is_shown_and_it_is_said():
+    nothing = np.zeros((24, 20, 24))
+    figure = segmentation_figure(item(nothing, nothing[..., ::4]), FACTS)
+    assert row_names(figure) == ["coronal, j = 9", "sagittal, i = 11", "axial, k = 11"]
+    for name in COLUMNS[:2]:
+        first, *others = panels(figure, name)
+        assert notes(first) == ["no foreground found"]
+        assert not any(notes(axes) for axes in others)
+        assert not any(axes.collections for axes in (first, *others))
+    assert legend(figure) == ["foreground (not found)"]
+    check_texts(figure)
+
+
+def test_a_mask_on_thick_slices_alone_chooses_the_planes():
+    figure = segmentation_figure(item(np.zeros((24, 20, 24))), FACTS)
+    thick, thin, _ = (panels(figure, name) for name in COLUMNS)
+    assert all(len(outline(axes)) for axes in thick)
+    assert notes(thick[0]) == []
+    assert notes(thin[0]) == ["no foreground found"]
+    assert legend(figure) == ["foreground"]
+
+
+def test_planes_go_through_the_largest_sections():
+    thin = np.zeros((24, 20, 24))
+    thin[8:16, 10, 5:9] = 1  # the largest section at j = 10
+    thin[9, 8:13, 6] = 1
+    figure = segmentation_figure(item(thin), FACTS)
+    assert row_names(figure) == ["coronal, j = 10", "sagittal, i = 9", "axial, k = 6"]
+
+
+def test_classes_have_colours_of_their_own_and_small_ones_are_not_hidden():
+    thin = np.zeros((24, 20, 24))
+    thin[2:20, 2:18, 2:20] = 1
+    thin[12:15, 11:14, 8:12] = 2
+    figure = segmentation_figure(item(thin, thin[..., 1::4], classes=3), FACTS)
+    for name in COLUMNS[:2]:
+        for axes in panels(figure, name):
+            assert len(outline(axes, SKY_BLUE)) > len(outline(axes, ORANGE)) > 0
+    # The large class surrounds the small one, whose outline is drawn last.
+    axes = panels(figure, COLUMNS[1])[0]
+    assert box(outline(axes, ORANGE)) == [12.0, 16.0, 15.0, 24.0]
+    assert np.array_equal(axes.collections[-1].get_segments(), outline(axes, ORANGE))
+    assert legend(figure) == ["class 1", "class 2", "class 3 (not found)"]
+    colours = [line.get_color().lower() for line in figure.legends[0].get_lines()]
+    assert colours[:2] == [SKY_BLUE, ORANGE]
+    assert len(set(colours)) == 3
+
+
+def test_classes_beyond_the_palette_share_a_colour_and_the_legend_says_so():
+    figure = segmentation_figure(item(classes=9), FACTS)
+    assert legend(figure)[:3] == [
+        "class 1, class 8 (not found)",
+        "class 2 (not found), class 9 (not found)",
+        "class 3 (not found)",
+    ]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_axis_order_of_the_file_changes_nothing_but_the_names_of_the_planes(figure, axis):
+    figures = [figure, segmentation_figure(item(axis=axis), FACTS)]
+    assert (
+        row_names(figures[1])
+        == {
+            0: ["axial, k = 11", "coronal, j = 8", "sagittal, i = 13"],
+            1: ["axial, k = 11", "sagittal, i = 8", "coronal, j = 13"],
+        }[axis]
+    )
+    assert row_names(figures[0]) == ["coronal, j = 11", "sagittal, i = 8", "axial, k = 13"]
+    for name in COLUMNS:
+        for first, second in zip(*(panels(figure, name) for figure in figures), strict=True):
+            assert np.array_equal(first.images[0].get_array(), second.images[0].get_array())
+            assert np.array_equal(outline(first), outline(second))
+            assert first.get_xlim() == second.get_xlim()
+            assert first.get_ylim() == second.get_ylim()
+
+
+@pytest.mark.parametrize("classes", [1, 16])
+def test_texts_of_a_segmentation_have_room(classes):
+    check_texts(segmentation_figure({**item(classes=classes), "case": "a-long-name-of-a-case " * 6}, FACTS))
+
+
+def test_volumes_on_other_grids_are_refused():
+    for key in ("pred", "pred_thick", "uncertainty"):
+        one = item()
+        one[key] = one[key][:, 1:]
+        with pytest.raises(DataError, match=f"'{key}' must be"):
+            segmentation_figure(one, FACTS)
+    one = item()
+    one["uncertainty"] = one["uncertainty"] * float("nan")
+    with pytest.raises(DataError, match="'uncertainty' holds NaN"):
+        segmentation_figure(one, FACTS)
