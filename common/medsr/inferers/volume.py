@@ -93,7 +93,9 @@ class VolumeInferer(SliceGroupInferer):
         acquire = self.acquisition(new_size, size, ratio, thickness)
         labels = self.label_channels
         if labels and stack.shape[1] != 1 + labels:
-            raise SettingError(f"one image and {labels} label channels are needed, got {stack.shape[1]} channels")
+            raise SettingError(
+                f"one image and {labels} label channels are needed, got {stack.shape[1]} channels"
+            )
         for one in [stack] if labels else stack.split(1, dim=1):
             if size < MIN_SLICES:
                 found = self._interpolated(one, ratio, new_size, network)

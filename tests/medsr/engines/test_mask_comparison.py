@@ -42,7 +42,10 @@ def folder(tmp_path: Path) -> Path:
     for name, radius in (("a", 13.0), ("b", 9.0)):
         ball = np.linalg.norm(place - (15.3, 16.8, 20.9), axis=-1) < radius
         texture = np.random.default_rng(0).normal(0, 0.01, ball.shape)
-        for part, values in (("images", box * (0.3 + 0.6 * ball + texture)), ("labels", 2 * ball * (name == "a"))):
+        for part, values in (
+            ("images", box * (0.3 + 0.6 * ball + texture)),
+            ("labels", 2 * ball * (name == "a")),
+        ):
             path = tmp_path / "data" / part / f"{name}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
             dtype = np.float32 if part == "images" else np.uint8
