@@ -2,12 +2,13 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
+LABEL := .venv-label
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test test-label lint format bench clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || true
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || true
 
 install: $(STAMP) ## make .venv with the tested versions
 
@@ -24,6 +25,17 @@ demo: $(STAMP) ## sharpen a thick-slice brain MRI, from file to figure
 test: $(STAMP) ## all tests and all docstring examples
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile --doctest-modules tests common/medsr
 
+test-label: $(LABEL)/.installed ## bundles in MONAI Label, in an environment of its own
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/integrations/monailabel/shims $(LABEL)/bin/python -m pytest -q tests/label
+
+$(LABEL)/.installed: pyproject.toml constraints.txt $(wildcard integrations/monailabel/*.txt)
+	@echo "make: installing MONAI Label into $(LABEL) (once)"
+	@test -x $(LABEL)/bin/python || $(PYTHON) -m venv $(LABEL)
+	@$(LABEL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-r integrations/monailabel/requirements.txt -e ".[itk]"
+	@$(LABEL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps monailabel==0.8.5
+	@touch $@
+
 lint: $(STAMP) ## style, formatting, bundle JSON, types
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --quiet --check .
@@ -39,6 +51,6 @@ bench: $(STAMP) ## quality and speed, baselines beside them in the same run
 	@$(PY) -m benchmarks.quality.superres
 	@$(PY) -m benchmarks.speed.slice_sr
 
-clean: ## remove .venv, caches and outputs
-	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo runs common/*.egg-info bundles/*/eval bundles/*/runs
-	@find common tests tools docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+clean: ## remove environments, caches and outputs
+	@rm -rf .venv $(LABEL) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo runs common/*.egg-info bundles/*/eval bundles/*/runs
+	@find common tests tools docs benchmarks integrations -name __pycache__ -type d -prune -exec rm -rf {} +

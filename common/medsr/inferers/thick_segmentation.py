@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, Protocol
@@ -47,7 +48,8 @@ class ThickSegmentationInferer(Inferer):
     is finer by a ratio that is no integer, and would blend every thin voxel of every window. Here its function
     :func:`monai.inferers.sliding_window_inference` blends the *features* of the thick grid, with Gaussian weights,
     and both heads read the blended features once: no seam and no window on the thin grid. ``thick`` holds the
-    probabilities on the thick grid and ``facts`` what the report needs about the last volume.
+    probabilities on the thick grid of the last volume of the calling thread, since MONAI Label shares one inferer
+    between threads, and ``facts`` what the report needs about the last volume.
 
     Args:
         spacing_mm: slice spacing of the thin grid; default the in-plane spacing.
@@ -101,7 +103,7 @@ class ThickSegmentationInferer(Inferer):
             raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{amp}'")
         self.spacing_mm, self.patch_size, self.overlap = spacing_mm, patch_size, float(overlap)
         self.mirror, self.amp, self.batch, self.progress = mirror, amp, max(1, batch), progress
-        self.thick = torch.empty(0)
+        self._last = threading.local()
         self.facts: dict[str, Any] = {}
 
     def __call__(self, inputs: Tensor, network: _Network, *args: Any, **kwargs: Any) -> Tensor:
@@ -137,9 +139,14 @@ class ThickSegmentationInferer(Inferer):
                     thin += more_thin.flip(axes)
                 thick /= 1 + len(_MIRRORED)
                 thin /= 1 + len(_MIRRORED)
-        self.thick = thick
+        self._last.thick = thick
         self.facts = {"ratio": ratio, "convolutions": str(dtype).removeprefix("torch."), "warnings": warnings}
         return thin
+
+    @property
+    def thick(self) -> Tensor:
+        """Probabilities on the thick grid of this thread's last volume, ``(1, K, H, W, D)``."""
+        return getattr(self._last, "thick", torch.empty(0))
 
     def _patch(self, network: _Network) -> Sequence[int]:
         return network.patch_size if self.patch_size is None else self.patch_size

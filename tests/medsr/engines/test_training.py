@@ -218,3 +218,9 @@ def test_initial_weights_that_cannot_be_used_end_the_run_in_one_line(tmp_path, c
     assert len(lines) == 1
     assert f"start.pt: {word}" in lines[0]
     assert str(tmp_path) not in lines[0]
+
+
+def test_a_module_without_gradients_needs_no_processes():
+    frozen = torch.nn.Linear(1, 1).requires_grad_(False)
+    assert training.distributed(frozen, torch.device("cpu")) is frozen
+    assert training.distributed(torch.nn.ReLU(), torch.device("cpu"))

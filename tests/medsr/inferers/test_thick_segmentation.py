@@ -263,3 +263,22 @@ def test_settings_out_of_range_are_named(settings, name):
 def test_a_progress_bar_is_shown_on_request_only(progress, capsys):
     inferer(progress=progress)(volume(), Echo())
     assert ("it/s" in capsys.readouterr().err) == progress
+
+
+def test_every_thread_keeps_the_thick_probabilities_of_its_own_volume():
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    infer = ThickSegmentationInferer(amp="float32")
+    assert infer.thick.numel() == 0
+    both = Barrier(2, timeout=60)
+
+    def segment(size: int) -> tuple[int, ...]:
+        affine = torch.diag(torch.tensor([1.0, 1.0, 4.0, 1.0]))
+        network = ThickSegmentationNet(patch_size=(32, 32, 16), width=2)
+        infer(MetaTensor(torch.rand(1, 1, size, size, 4), affine=affine), network)
+        both.wait()
+        return tuple(infer.thick.shape)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(segment, (24, 32))) == [(1, 2, 24, 24, 4), (1, 2, 32, 32, 4)]
