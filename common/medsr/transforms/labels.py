@@ -85,8 +85,8 @@ class ClassesToChannelsd(MapTransform):
 
     Example:
         >>> mask = MetaTensor(torch.tensor([0.0, 1.0, 4.0]).view(1, 3, 1, 1))
-        >>> ClassesToChannelsd("label", {"tumour": [1, 2, 3, 4]})({"label": mask})["label"].ravel()
-        tensor([0., 1., 1.])
+        >>> ClassesToChannelsd("label", {"tumour": [1, 2, 3, 4]})({"label": mask})["label"].ravel().tolist()
+        [0.0, 1.0, 1.0]
     """
 
     def __init__(
