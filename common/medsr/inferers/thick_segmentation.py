@@ -17,11 +17,15 @@ from medsr.errors import DataError, SettingError
 from medsr.geometry import spacing_of, through_plane_ratio
 from medsr.inferers.precision import PRECISIONS, choose_precision
 from medsr.inferers.volume import MIN_SLICES
+from medsr.metrics.volume import head_mask
 
 __all__ = ["ThickSegmentationInferer"]
 
 _MIRRORED = [axes for count in (1, 2, 3) for axes in combinations((-3, -2, -1), count)]
 """The seven sets of axes along which a volume can be flipped."""
+
+_STRETCH = 1.25
+"""A window may be so much longer than the training patch, where that saves a second one."""
 
 _TOLERANCE = 0.05
 """Difference of the features that bfloat16 may make: rounding alone makes 0.02, a faulty kernel far more."""
@@ -47,14 +51,15 @@ class ThickSegmentationInferer(Inferer):
     ``monai.inferers.SlidingWindowInferer`` was considered: it truncates the places of windows on an output grid that
     is finer by a ratio that is no integer, and would blend every thin voxel of every window. Here its function
     :func:`monai.inferers.sliding_window_inference` blends the *features* of the thick grid, with Gaussian weights,
-    and both heads read the blended features once: no seam and no window on the thin grid. ``thick`` holds the
+    and both heads read the blended features once: no seam and no window on the thin grid. Only the box around the
+    head, across the slices, is looked at, as in training; the rest is background. ``thick`` holds the
     probabilities on the thick grid of the last volume of the calling thread, since MONAI Label shares one inferer
     between threads, and ``facts`` what the report needs about the last volume.
 
     Args:
         spacing_mm: slice spacing of the thin grid; default the in-plane spacing.
-        patch_size: window on the thick grid, slices last; default the network's training patch. A volume that is
-            smaller along an axis has smaller windows there.
+        patch_size: window on the thick grid, slices last; default the network's training patch. Where the head is
+            smaller than that, or longer by a quarter at most, its window is as long as the head.
         overlap: share of a window that the next one covers again.
         mirror: also run the volume flipped along each of its axes and average the eight probabilities, at eight
             times the time.
@@ -118,9 +123,14 @@ class ThickSegmentationInferer(Inferer):
         ratio, warnings = self._acquisition(inputs, network)
         if isinstance(network, nn.Module):
             network.eval()
-        stack = inputs.as_tensor().float()
+        whole = inputs.as_tensor().float()
+        box = (slice(None), slice(None), *_head_box(whole))
+        stack = whole[box]
         with torch.no_grad():
-            window = [min(pair) for pair in zip(stack.shape[2:], self._patch(network), strict=True)]
+            window = [
+                size if size <= _STRETCH * part else part
+                for size, part in zip(stack.shape[2:], self._patch(network), strict=True)
+            ]
             # The corners of a volume are often empty: precision is tried in its middle.
             starts = [(size - part) // 2 for size, part in zip(stack.shape[2:], window, strict=True)]
             middle = [slice(start, start + part) for start, part in zip(starts, window, strict=True)]
@@ -139,6 +149,7 @@ class ThickSegmentationInferer(Inferer):
                     thin += more_thin.flip(axes)
                 thick /= 1 + len(_MIRRORED)
                 thin /= 1 + len(_MIRRORED)
+            thick, thin = (_background_around(part, whole, box) for part in (thick, thin))
         self._last.thick = thick
         self.facts = {"ratio": ratio, "convolutions": str(dtype).removeprefix("torch."), "warnings": warnings}
         return thin
@@ -186,3 +197,22 @@ class ThickSegmentationInferer(Inferer):
         if inputs.shape[-1] < MIN_SLICES:
             warnings.append(f"only {inputs.shape[-1]} slices: the network has no context to speak of")
         return ratio, warnings
+
+
+def _head_box(volume: Tensor) -> tuple[slice, slice]:
+    """Rows and columns of ``(1, 1, H, W, D)`` that the head reaches."""
+    try:
+        mask = head_mask(volume[0, 0].cpu().numpy()).any(axis=-1)
+    except DataError:
+        return slice(None), slice(None)
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _background_around(probabilities: Tensor, whole: Tensor, box: tuple[slice, ...]) -> Tensor:
+    """Probabilities of the box at its place in the whole field of view."""
+    classes, depth = probabilities.shape[1], probabilities.shape[-1]
+    result = probabilities.new_zeros((1, classes, *whole.shape[2:4], depth))
+    result[:, 0] = 1
+    result[box] = probabilities
+    return result

@@ -129,8 +129,25 @@ def test_windows_are_the_training_patch_or_as_large_as_the_volume():
     assert set(network.windows) == {(1, 1, 16, 10, 8)}
     network = Echo()
     inferer(patch_size=(20, 8, 30), batch=2)(volume(19, (41, 10)), network)
-    assert {shape[2:] for shape in network.windows} == {(20, 8, 19)}
+    # Ten is a quarter longer than eight: one window saves two.
+    assert {shape[2:] for shape in network.windows} == {(20, 10, 19)}
     assert max(shape[0] for shape in network.windows) == 2
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_around_the_head_everything_is_background_and_nothing_is_computed(mirror):
+    head = (slice(None), slice(None), slice(7, 20), slice(9, 19))
+    values = torch.zeros(1, 1, 40, 30, 8)
+    values[head] = volume(8, (13, 10)).as_tensor().abs() + 0.5
+    network, run = Echo(), inferer(mirror=mirror)
+    thin = run(scan(values), network)
+    assert {shape[2:] for shape in network.windows} == {(13, 10, 8)}
+    for found in (thin, run.thick):
+        outside = torch.ones(40, 30, dtype=torch.bool)
+        outside[head[2:]] = False
+        assert torch.equal(found[0, 0][outside], torch.ones_like(found[0, 0][outside]))
+        assert torch.allclose(found.sum(1), torch.tensor(1.0), atol=1e-6)
+    assert torch.allclose(run.thick[head][:, 1].logit(), values[head][:, 0], atol=1e-4)
 
 
 def test_windows_blend_into_probabilities_of_the_whole_volume():
