@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
-from medsr.transforms.labels import drawn_classes
+from medsr.transforms.labels import drawn_classes, with_background
 from medsr.transforms.thick_slices import ThickSliceParameters
 
 __all__ = ["PreparePseudoThick"]
@@ -107,7 +107,7 @@ class PreparePseudoThick:
         area = torch.as_tensor(parameters.label_matrix(length, self.slices)).to(given["image"]).T
         image = self._recontrast(given["image"])
         thick = image @ torch.as_tensor(parameters.matrix(length, self.slices)).to(image).T
-        probabilities = _with_background(given["label"])
+        probabilities = with_background(given["label"], dim=1)
         drawn = F.one_hot(drawn_classes(probabilities[:, 1:] @ area, dim=1), probabilities.shape[1])
         drawn = drawn.movedim(-1, 1).float()
         targets = {
@@ -130,13 +130,6 @@ class PreparePseudoThick:
     def _with_noise(self, thick: Tensor) -> Tensor:
         sigma = self.random.uniform(0, self.noise, size=len(thick)) * (self.random.random(len(thick)) < 0.5)
         return thick + torch.randn_like(thick) * torch.as_tensor(sigma).to(thick).view(-1, 1, 1, 1, 1)
-
-
-def _with_background(foreground: Tensor) -> Tensor:
-    """Probabilities of all classes; the foreground's may add up to more than one after super-resolution."""
-    foreground = foreground.clamp(0, 1)
-    foreground = foreground / foreground.sum(1, keepdim=True).clamp_min(1)
-    return torch.cat([1 - foreground.sum(1, keepdim=True), foreground], dim=1)
 
 
 def _span(value: float | Sequence[float]) -> tuple[float, float]:

@@ -361,7 +361,7 @@ def segmentation_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> Fi
         len(columns),
         title=f"{item['case']}: slices of {thin_mm * stack.ratio:.3g} mm, mask on slices of {thin_mm:.3g} mm",
         footer=(
-            f"ratio {stack.ratio:g}; uncertainty = entropy of the class probabilities / its maximum; "
+            f"ratio {stack.ratio:g}; uncertainty = 1 - margin of the two likeliest classes; "
             f"voxels i, j, k from 0; medsr {medsr.__version__}. Not for diagnosis."
         ),
         legend_in=0.06 + LEGEND_LINE_IN * math.ceil(len(labels) / per_line),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medsr.errors import DataError, SettingError
 
-__all__ = ["ClassesToChannelsd", "SameGridd", "drawn_classes"]
+__all__ = ["ClassesToChannelsd", "SameGridd", "drawn_classes", "with_background"]
 
 GRID_TOLERANCE_MM = 1e-2
 """How far the corner voxels of two grids may lie apart and still be one grid: headers are rounded."""
@@ -144,6 +144,25 @@ def drawn_classes(shares: Tensor, *, dim: int = 0) -> Tensor:
     """
     background = 1 - shares.sum(dim, keepdim=True)
     return torch.cat([background - 1e-4, shares], dim=dim).argmax(dim)
+
+
+def with_background(foreground: Tensor, *, dim: int = 0) -> Tensor:
+    """Probabilities of all classes; the foreground's may add up to more than one, as after super-resolution.
+
+    Args:
+        foreground: probability of each foreground class.
+        dim: axis of the classes.
+
+    Shape:
+        ``K - 1`` along ``dim`` to ``K``, the background first, adding up to one.
+
+    Example:
+        >>> with_background(torch.tensor([[1.5, 0.25], [1.0, 0.25]])).tolist()
+        [[0.0, 0.5], [0.5, 0.25], [0.5, 0.25]]
+    """
+    foreground = foreground.clamp(0, 1)
+    foreground = foreground / foreground.sum(dim, keepdim=True).clamp_min(1)
+    return torch.cat([1 - foreground.sum(dim, keepdim=True), foreground], dim=dim)
 
 
 def _name(image: Any, key: str) -> str:

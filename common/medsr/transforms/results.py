@@ -1,10 +1,11 @@
-"""Taking a network's output apart."""
+"""Taking a network's output apart, and what follows from it."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -13,8 +14,11 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from medsr.errors import SettingError
+from medsr.transforms.labels import with_background
 
-__all__ = ["MaskResultsd", "SplitChannelsd", "SplitUncertaintyd"]
+__all__ = ["MaskResultsd", "PseudoUncertaintyd", "SplitChannelsd", "SplitUncertaintyd", "border_uncertainty"]
+
+_SOURCES = ("image", "label", "both")
 
 
 class SplitUncertaintyd(MapTransform):
@@ -96,6 +100,74 @@ class SplitChannelsd(MapTransform):
         return result
 
 
+def border_uncertainty(probabilities: Tensor) -> Tensor:
+    """One minus the margin between the two likeliest classes: 0 where the network is sure, 1 where two are as likely.
+
+    The entropy was considered: between two of many classes it never reaches its largest value.
+
+    Shape:
+        ``(K, ...)`` to ``(1, ...)``.
+
+    Example:
+        >>> border_uncertainty(torch.tensor([[0.0, 0.5], [1.0, 0.5], [0.0, 0.0]])).tolist()
+        [[0.0, 1.0]]
+    """
+    first, second = probabilities.topk(2, dim=0).values
+    return (1 - (first - second)).clamp(0, 1)[None]
+
+
+class PseudoUncertaintyd(MapTransform):
+    """What pseudo data should be trusted how much: the uncertainty of their image, of their labels, or of both.
+
+    The network knows the error of its image, as a share of the intensity range. That is small everywhere, and says
+    little about the labels. Hence it is scaled to reach 1 at its highest quantile, and joined, by the larger value,
+    with the :func:`border_uncertainty` of the labels.
+
+    Args:
+        keys: image uncertainty ``(1, ...)``; replaced.
+        label_key: foreground probabilities ``(K - 1, ...)`` on the same grid.
+        source: ``image``, ``label`` or ``both``.
+        quantile: of the image's uncertainty, becomes 1.
+
+    Raises:
+        SettingError: for another source or a quantile outside (0, 1].
+
+    Example:
+        >>> item = {"uncertainty": torch.tensor([[0.0, 0.02]]), "label": torch.tensor([[0.5, 1.0]])}
+        >>> PseudoUncertaintyd("uncertainty", source="both", quantile=1.0)(item)["uncertainty"].tolist()
+        [[1.0, 1.0]]
+
+    Reference:
+        arXiv 2410.10097; doi:10.1016/j.neucom.2025.129425
+    """
+
+    def __init__(
+        self, keys: KeysCollection, label_key: str = "label", *, source: str = "both", quantile: float = 0.999
+    ) -> None:
+        super().__init__(keys)
+        if source not in _SOURCES:
+            raise SettingError(f"uncertainty_of must be one of {', '.join(_SOURCES)}, got '{source}'")
+        if not 0 < quantile <= 1:
+            raise SettingError(f"quantile must lie in (0, 1], got {quantile:g}")
+        self.label_key, self.source, self.quantile = label_key, source, float(quantile)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace every key."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            found = convert_to_tensor(result[key], track_meta=True)
+            parts = []
+            if self.source != "label":
+                values = found.as_tensor()
+                # torch.quantile refuses as many values as a volume has.
+                top = float(np.quantile(values.cpu().numpy(), self.quantile))
+                parts.append((values / top).clamp(0, 1) if top > 0 else torch.zeros_like(values))
+            if self.source != "image":
+                parts.append(border_uncertainty(with_background(torch.as_tensor(result[self.label_key]))))
+            result[key] = MetaTensor(torch.stack(parts).amax(0)).copy_meta_from(found)
+        return result
+
+
 class _HasThick(Protocol):
     thick: Tensor
 
@@ -103,8 +175,7 @@ class _HasThick(Protocol):
 class MaskResultsd(MapTransform):
     """Turn class probabilities into masks, foreground probabilities and the uncertainty of the borders.
 
-    The uncertainty is the entropy of the class probabilities divided by its largest value: 0 where the network is
-    sure, 1 where all classes are equally likely. ``monai.transforms.AsDiscreted`` makes the mask alone.
+    The uncertainty is that of :func:`border_uncertainty`. ``monai.transforms.AsDiscreted`` makes the mask alone.
 
     Args:
         key: thin probabilities; replaced by the mask.
@@ -133,12 +204,11 @@ class MaskResultsd(MapTransform):
         key = self.keys[0]
         thin = convert_to_tensor(result[key], track_meta=True)
         values = thin.as_tensor()
-        entropy = torch.special.entr(values).sum(0, keepdim=True)
         found = {
             key: _mask(values),
             f"{key}_thick": _mask(self.inferer.thick[0].to(values)),
             "probability": values[1:],
-            "uncertainty": (entropy / torch.log(torch.tensor(float(len(values))))).clamp(0, 1),
+            "uncertainty": border_uncertainty(values),
         }
         # Plain tensors would be left out by Invertd.
         result.update({name: MetaTensor(part).copy_meta_from(thin) for name, part in found.items()})

@@ -391,7 +391,7 @@ def test_uncertainty_has_one_fixed_scale_and_is_explained(figure):
         "0 sure, 1 undecided",
     ]
     texts = " ".join(" ".join(text.get_text().split()) for text in figure.texts)
-    assert "entropy of the class probabilities" in texts
+    assert "1 - margin of the two likeliest classes" in texts
     assert "Not for diagnosis" in texts
     assert "a: slices of 8 mm, mask on slices of 2 mm" in texts
     assert legend(figure) == ["foreground"]

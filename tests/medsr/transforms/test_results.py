@@ -6,7 +6,7 @@ import pytest
 import torch
 from medsr.errors import SettingError
 from medsr.transforms.orientation import SliceAxisLastd
-from medsr.transforms.results import MaskResultsd, SplitChannelsd, SplitUncertaintyd
+from medsr.transforms.results import MaskResultsd, PseudoUncertaintyd, SplitChannelsd, SplitUncertaintyd
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
 
@@ -107,7 +107,42 @@ def test_masks_of_both_grids_return_to_the_axes_of_the_file(axis):
 def test_borders_are_where_two_classes_are_equally_likely():
     thin = torch.tensor([[0.0, 0.5, 0.9], [1.0, 0.5, 0.05], [0.0, 0.0, 0.05]]).view(3, 3, 1, 1)
     found = MaskResultsd("pred", SimpleNamespace(thick=thin[None]))({"pred": thin})
-    entropy = found["uncertainty"].ravel().tolist()
-    assert entropy[0] == 0
-    assert entropy[1] == pytest.approx(0.6309, abs=1e-3)
-    assert entropy[2] == pytest.approx(0.359, abs=1e-3)
+    assert found["uncertainty"].ravel().tolist() == pytest.approx([0, 1, 0.15], abs=1e-6)
+
+
+def pseudo() -> dict[str, MetaTensor]:
+    image = torch.tensor([0.0, 0.01, 0.02, 0.04]).view(1, 2, 2, 1)
+    label = torch.tensor([[1.0, 0.5, 0.9, 0.2], [0.0, 0.0, 0.1, 0.2]]).view(2, 2, 2, 1)
+    return {"uncertainty": MetaTensor(image, affine=2 * torch.eye(4)), "label": MetaTensor(label)}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("image", [0, 0.25, 0.5, 1]), ("label", [0, 1, 0.2, 0.6]), ("both", [0, 1, 0.5, 1])],
+)
+def test_pseudo_data_are_unsure_where_image_or_label_is(source, expected):
+    item = pseudo()
+    found = PseudoUncertaintyd("uncertainty", source=source, quantile=1.0)(item)["uncertainty"]
+    assert found.shape == (1, 2, 2, 1)
+    assert found.ravel().tolist() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(found.affine, 2 * torch.eye(4, dtype=torch.float64))
+    assert item["uncertainty"].max() == pytest.approx(0.04)
+
+
+def test_few_wild_voxels_do_not_scale_the_uncertainty():
+    values = torch.full((1, 10, 10, 100), 0.02)
+    values[0, 0, 0, 0] = 1.0
+    item = {"uncertainty": MetaTensor(values), "label": torch.zeros(1, 10, 10, 100)}
+    found = PseudoUncertaintyd("uncertainty", source="image")(item)["uncertainty"]
+    assert found.min() == found.max() == 1
+
+
+def test_a_network_that_is_sure_of_everything_gives_no_uncertainty():
+    item = {"uncertainty": MetaTensor(torch.zeros(1, 2, 2, 2)), "label": torch.ones(1, 2, 2, 2)}
+    assert float(PseudoUncertaintyd("uncertainty")(item)["uncertainty"].max()) == 0
+
+
+@pytest.mark.parametrize("settings", [{"source": "mask"}, {"quantile": 0.0}, {"quantile": 1.5}])
+def test_settings_of_the_pseudo_uncertainty_are_checked(settings):
+    with pytest.raises(SettingError, match="must"):
+        PseudoUncertaintyd("uncertainty", **settings)
