@@ -42,7 +42,8 @@ class MaskComparison:
     """Segments simulated thick slices with several networks and reads each in every way, on the same slices.
 
     A network's thick mask is brought to the fine grid by repeating it (``nearest``) and by shape-based interpolation
-    (``signed distance``); its thin mask is there already. What a perfect thick mask would give is in the table too.
+    (``signed distance``); its thin mask is there already (``thin head``), and its probabilities are averaged over the
+    slices for the Dice on the thick grid. What a perfect thick mask would give is in the table too.
 
     Args:
         cases: items of :func:`~medsr.io.cases.find_labelled_cases`, near-isotropic, slices along the last axis.
@@ -132,23 +133,20 @@ class MaskComparison:
             affine=torch.as_tensor(thick_slice_affine(affine, self.parameters, size=kept)),
         )
         spacing = spacing_of(affine)
-        results = {"perfect thick mask": (thick_truth, None)}
+        results: dict[str, dict[str, tuple[Any, Any]]] = {}
+        perfect = _readings(thick_truth, ratio, spacing * (1, 1, ratio))
+        results["perfect thick mask"] = {name: (mask, thick_truth) for name, mask in perfect.items()}
         for name, network in self.networks.items():
             inferer = ThickSegmentationInferer(float(spacing[2]), **self.inferer)
-            thin = inferer(volume, network.to(self.device))[0].argmax(0)
-            results[name] = (inferer.thick[0].argmax(0).cpu().numpy(), thin.cpu().numpy())
-        thick_spacing = spacing * (1, 1, ratio)
+            thin = inferer(volume, network.to(self.device))[0].cpu()
+            on_thick = inferer.thick[0].argmax(0).cpu().numpy()
+            read = _readings(on_thick, ratio, spacing * (1, 1, ratio))
+            results[name] = {kind: (mask, on_thick) for kind, mask in read.items()}
+            averaged = (thin @ area.T).argmax(0).numpy()
+            results[name]["thin head"] = (thin.argmax(0).numpy(), averaged)
         rows = []
-        for name, (on_thick, on_thin) in results.items():
-            readings = {
-                kind: signed_distance_interpolation(
-                    on_thick, ratio, spacing_mm=thick_spacing, kind=interpolation
-                )
-                for kind, interpolation in (("nearest", "nearest"), ("signed distance", "linear"))
-            }
-            if on_thin is not None:
-                readings["thin head"] = on_thin
-            for reading, mask in readings.items():
+        for name, readings in results.items():
+            for reading, (mask, on_thick) in readings.items():
                 for index, label_name in enumerate(self.classes, start=1):
                     scores = segmentation_scores(mask == index, truth == index, spacing)
                     row = {
@@ -161,6 +159,14 @@ class MaskComparison:
                     }
                     rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
         return rows
+
+
+def _readings(mask: np.ndarray, ratio: float, spacing_mm: np.ndarray) -> dict[str, np.ndarray]:
+    """A thick mask on the fine grid."""
+    return {
+        reading: signed_distance_interpolation(mask, ratio, spacing_mm=spacing_mm, kind=kind)
+        for reading, kind in (("nearest", "nearest"), ("signed distance", "linear"))
+    }
 
 
 @one_line_errors
