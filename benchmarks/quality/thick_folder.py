@@ -49,10 +49,17 @@ def main() -> None:
     parser.add_argument("--gap", type=float, default=0.0)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
     arguments = parser.parse_args()
-    parameters = ThickSliceParameters(arguments.ratio, (arguments.ratio - arguments.gap) / arguments.ratio)
-    for case, (image, mask) in STUDIES[arguments.study].items():
-        write_case(case, (arguments.data / image, arguments.data / mask), parameters, output=arguments.output)
-        print(f"{case}: written")
+    write_study(arguments.study, arguments.output, arguments.data, ratio=arguments.ratio, gap=arguments.gap)
+
+
+def write_study(study: str, output: Path, data: Path, *, ratio: float, gap: float = 0.0) -> None:
+    """Write all cases of a study that are not there yet."""
+    parameters = ThickSliceParameters(ratio, (ratio - gap) / ratio)
+    for case, (image, mask) in STUDIES[study].items():
+        # What is written last tells that a case is complete.
+        if not (output / "images" / f"{case}.json").exists():
+            write_case(case, (data / image, data / mask), parameters, output=output)
+            print(f"{case}: written")
 
 
 def write_case(

@@ -1,0 +1,183 @@
+"""Masks on thin slices from masks drawn on thick ones: every subject left out once, baselines and ablations beside.
+
+    python -m benchmarks.quality.segmentation tumour runs/tumour [--data FOLDER] [--ablations] [--jobs 2]
+
+For each subject the whole chain is run without it, by the bundles' own commands: super-resolution learns the masks of
+the others and makes their pseudo data; a network for the thick slices alone is trained, as published; and from it
+every variant, the network for thick slices too, goes on for the same number of iterations. All of them then segment
+the subject that none has seen, from the same simulated thick slices. A step that has been done is not done again, so
+that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from medsr import catalog
+from medsr.engines.mask_comparison import mask_table
+from medsr.io.writing import write_json
+
+from benchmarks.quality.thick_folder import STUDIES, write_study
+
+_log = logging.getLogger(__name__)
+
+SUPERRES, SEGMENTATION = "mri_rehrseg_superres", "mri_rehrseg_segmentation"
+LABELS = ("train.json", "train_planes.json", "train_labels.json")
+
+START, PLAIN = "start", "plain"
+UPPER_BOUND = "trained on true thin slices"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    PLAIN: {},
+    UPPER_BOUND: {"uncertainty_weight": 0, "cosine_weight": 0, "pairwise_weight": 0},
+}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "without pseudo data": {"phase": 0},
+    "without uncertainty": {"uncertainty_weight": 0},
+    "without distillation": {"cosine_weight": 0, "pairwise_weight": 0},
+    "cosine only": {"pairwise_weight": 0},
+    "pair-wise only": {"cosine_weight": 0},
+}
+
+
+def main() -> None:
+    """Run, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    parser.add_argument("--cases", nargs="*", help="cases to leave out, one after the other; default all")
+    parser.add_argument("--ratio", type=float, default=4.0)
+    parser.add_argument("--label-iterations", type=int, default=600)
+    parser.add_argument("--start-iterations", type=int, default=1000)
+    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="subjects at once, one thread each if more than 1"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    output = arguments.output.resolve()
+    write_study(arguments.study, output / "thick", arguments.data, ratio=arguments.ratio)
+    variants = {**VARIANTS, **(ABLATIONS if arguments.ablations else {})}
+    budgets = {
+        "labels": arguments.label_iterations,
+        START: arguments.start_iterations,
+        "variants": arguments.iterations,
+    }
+    folds = [
+        Fold(output, case, budgets, arguments.ratio) for case in arguments.cases or STUDIES[arguments.study]
+    ]
+    threads = {"OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else {}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = pool.map(lambda fold: fold.run(variants, {**os.environ, **threads}), folds)
+        rows = [row for one in found for row in one]
+    write_json(output / "masks.json", {"rows": rows})
+    print(mask_table(rows))
+
+
+class Fold:
+    """One subject left out: its folder, and the steps that lead to its rows."""
+
+    def __init__(self, output: Path, case: str, budgets: Mapping[str, int], ratio: float) -> None:
+        self.thick, self.case, self.folder = output / "thick", case, output / case
+        self.budgets, self.ratio = dict(budgets), ratio
+        self.environment: dict[str, str] = {}
+
+    def run(
+        self, variants: Mapping[str, Mapping[str, Any]], environment: Mapping[str, str]
+    ) -> list[dict[str, Any]]:
+        """Train what is missing, compare, and return the rows of the case."""
+        self.environment = dict(environment)
+        left_out = {"leave_out": [self.case]}
+        labels = {"dataset_dir": self.thick, "iterations": self.budgets["labels"], **left_out}
+        self._step("labels", SUPERRES, LABELS, labels)
+        teacher = self.folder / "labels" / "model.pt"
+        self._step(
+            "pseudo",
+            SEGMENTATION,
+            ["make_pseudo.json"],
+            {"dataset_dir": self.thick, "weights": teacher, **left_out},
+        )
+        pseudo = {"dataset_dir": self.folder / "pseudo", "ratio": self.ratio}
+        plain = ["train.json", "train_plain.json"]
+        self._step(START, SEGMENTATION, plain, {**pseudo, "iterations": self.budgets[START]})
+        common = {
+            "iterations": self.budgets["variants"],
+            "initial_weights": self.folder / START / "model.pt",
+            "seed": 1,
+        }
+        for name, settings in variants.items():
+            source = {**pseudo, "teacher_weights": teacher}
+            if name == PLAIN:
+                source = pseudo
+            elif name == UPPER_BOUND:
+                source = {"dataset_dir": self.thick / "true", "ratio": self.ratio, **left_out}
+            configs = plain if name == PLAIN else plain[:1]
+            self._step(name, SEGMENTATION, configs, {**source, **common, **settings})
+        first, *others = variants
+        self._step(
+            "comparison",
+            SEGMENTATION,
+            ["inference.json", "evaluate.json"],
+            {
+                "dataset_dir": self.thick / "true",
+                "leave_out": [case for case in self._cases() if case != self.case],
+                "weights": self.folder / first / "model.pt",
+                "compare": {name: str(self.folder / name / "model.pt") for name in others},
+                "ratio": self.ratio,
+            },
+            again=True,
+        )
+        rows = json.loads((self.folder / "comparison" / "masks.json").read_text())["rows"]
+        return [{**row, "network": first if row["network"] == "network" else row["network"]} for row in rows]
+
+    def _cases(self) -> list[str]:
+        return sorted(path.name.removesuffix(".nii.gz") for path in (self.thick / "labels").iterdir())
+
+    def _step(
+        self,
+        name: str,
+        bundle: str,
+        configs: Sequence[str],
+        settings: Mapping[str, Any],
+        *,
+        again: bool = False,
+    ) -> None:
+        """Run one config of a bundle into a folder of its own, which has its name only once it is complete."""
+        done, part = self.folder / name, self.folder / f"{name}.part"
+        if done.exists() and not again:
+            return
+        part.mkdir(parents=True, exist_ok=True)
+        root = catalog.bundle_root(bundle)
+        files = [str(root / "configs" / config) for config in configs]
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
+        for key, value in {**settings, "output_dir": part}.items():
+            if value is not None:
+                command += [f"--{key}", str(value)]
+        _log.info("%s: %s", self.case, name)
+        with (self.folder / f"{name}.log").open("w") as log:
+            code = subprocess.run(
+                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, check=False
+            )
+        if code.returncode:
+            raise SystemExit(
+                f"{self.case}: '{name}' ended with status {code.returncode}; see {self.folder / name}.log"
+            )
+        if done.exists():
+            shutil.rmtree(done)
+        part.rename(done)
+
+
+if __name__ == "__main__":
+    main()
