@@ -97,6 +97,8 @@ def preflight(
     network: nn.Module | None = None,
     force: bool = False,
     output: CaseOutput | None = None,
+    find: Callable[..., list[dict[str, str]]] = find_cases,
+    inspect: Callable[[str], Any] | None = None,
 ) -> int:
     """Check output folder, weights and the headers of all inputs before the first voxel is read.
 
@@ -110,15 +112,15 @@ def preflight(
         network: see ``weights``.
         force: accept near-isotropic inputs.
         output: the writer of the results; results of an earlier run are then refused unless it may replace them.
+        find: lists the cases behind ``dataset_dir``.
+        inspect: reads the header of an input and raises what is wrong with it; default that of volumes in slices.
 
     Returns:
         the number of usable cases.
     """
     if not dataset_dir:
-        raise DataError(
-            "no input: set --dataset_dir to a NIfTI file, a folder of them or a DICOM series folder"
-        )
-    cases = find_cases(dataset_dir)
+        raise DataError("no input: set --dataset_dir to a file, a folder of files or a DICOM series folder")
+    cases = find(dataset_dir)
     probe_folder(output_dir)
     if output is not None:
         output.refuse_existing([case["case"] for case in cases])
@@ -127,8 +129,7 @@ def preflight(
     reasons = []
     for case in cases:
         try:
-            header = inspect_case(case["image"])
-            slice_axis(header.affine, force=force, name=Path(case["image"]).name)
+            inspect(case["image"]) if inspect else _inspect_slices(case["image"], force=force)
         except MedsrError as error:
             reasons.append(error)
     if len(reasons) == len(cases):
@@ -138,6 +139,10 @@ def preflight(
             raise DataError(f"none of the {len(cases)} cases can be used; the first reason: {reasons[0]}")
         raise reasons[0]
     return len(cases) - len(reasons)
+
+
+def _inspect_slices(path: str, *, force: bool) -> None:
+    slice_axis(inspect_case(path).affine, force=force, name=Path(path).name)
 
 
 @one_line_errors

@@ -26,9 +26,31 @@ from medsr.io.writing import write_figure, write_json, write_nifti
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CaseOutput", "RunReport"]
+__all__ = ["CaseOutput", "RunReport", "volume_facts", "write_volume"]
 
 _log = logging.getLogger(__name__)
+
+
+def write_volume(path: Path, image: Any, item: Mapping[str, Any]) -> None:
+    """Write a ``MetaTensor`` ``(C, X, Y, Z)`` as NIfTI; channels become the fourth axis, one channel none."""
+    values = image.as_tensor().cpu()
+    array = np.asarray(values.float() if values.is_floating_point() else values)
+    array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
+    codes = {name: max(1, int(image.meta.get(name, 1))) for name in ("sform_code", "qform_code")}
+    affine = np.asarray(image.affine, dtype=np.float64)
+    write_nifti(path, array, affine=affine, dtype=array.dtype, **codes)
+
+
+def volume_facts(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Grids of input and result of a processed volume, for the report."""
+    meta, pred = item["image"].meta, item["pred"]
+    affine = np.asarray(meta["original_affine"], dtype=np.float64)
+    return {
+        "input_size": [int(n) for n in meta["spatial_shape"]],
+        "input_spacing_mm": [round(float(s), 5) for s in spacing_of(affine)],
+        "output_size": [int(n) for n in pred.shape[1:]],
+        "output_spacing_mm": [round(float(s), 5) for s in spacing_of(np.asarray(pred.affine))],
+    }
 
 
 def processed_cases(engine: Engine) -> list[dict[str, Any]]:
@@ -37,17 +59,18 @@ def processed_cases(engine: Engine) -> list[dict[str, Any]]:
 
 
 class CaseOutput:
-    """Writes the volumes and the quality-control figure of a case; if one fails, none of the case remains.
+    """Writes the results and the quality-control figure of a case; if one fails, none of the case remains.
 
     Runs inside the guarded iteration of a :class:`~medsr.engines.case_evaluator.CaseEvaluator`, after the
     postprocessing.
 
     Args:
         output_dir: folder of the results.
-        suffixes: result key to file suffix: ``<case>_<suffix>.nii.gz``. Whole numbers are stored as such.
+        suffixes: result key to file suffix, see ``layout``; a key that an item lacks is left out.
         figure: also draw ``<case>_qc.png``.
-        overwrite: replace volumes of an earlier run.
-        layout: where the volume of a case and a suffix goes, below the folder.
+        overwrite: replace results of an earlier run.
+        layout: where the result of a case and a suffix goes, below the folder.
+        write: writes a result to a path, whole or not at all; it is given the postprocessed item as well.
         draw: makes the figure from a postprocessed item and the facts of the inferer; see
             :mod:`medsr.handlers.qc_figure`.
 
@@ -64,10 +87,11 @@ class CaseOutput:
         *,
         overwrite: bool = False,
         layout: str = "{case}_{suffix}.nii.gz",
+        write: Callable[[Path, Any, Mapping[str, Any]], Any] = write_volume,
         draw: Callable[[Mapping[str, Any], Mapping[str, Any]], Figure] = superres_figure,
     ) -> None:
         self.output_dir, self.figure, self.overwrite = Path(output_dir), figure, overwrite
-        self.layout, self.draw = layout, draw
+        self.layout, self.write_result, self.draw = layout, write, draw
         self.suffixes = dict(suffixes or {"pred": "superres", "uncertainty": "uncertainty"})
         self.written: dict[str, list[str]] = {}
 
@@ -76,10 +100,10 @@ class CaseOutput:
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
 
     def refuse_existing(self, cases: Sequence[str]) -> None:
-        """Refuse to replace volumes of an earlier run, before hours of computing, unless told to.
+        """Refuse to replace results of an earlier run, before hours of computing, unless told to.
 
         Raises:
-            OutputError: if a volume of one of the cases exists.
+            OutputError: if a result of one of the cases exists.
         """
         names = [name for case in cases for name in self._names(case).values()]
         existing = [name for name in names if (self.output_dir / name).exists()]
@@ -90,7 +114,7 @@ class CaseOutput:
             )
 
     def pending(self, items: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-        """Those of the items whose volumes an interrupted run has not written yet: volumes appear whole, hence count.
+        """Those of the items whose results an interrupted run has not written yet: results appear whole, hence count.
 
         Raises:
             OutputError: if all are there.
@@ -121,7 +145,7 @@ class CaseOutput:
                     # Listed first: a signal may arrive between the last byte and the next statement.
                     done.append(self.output_dir / name)
                     done[-1].parent.mkdir(parents=True, exist_ok=True)
-                    self._volume(item[key], done[-1])
+                    self.write_result(done[-1], item[key], item)
             if self.figure:
                 done.append(self.output_dir / f"{case}_qc.png")
                 write_figure(done[-1], self.draw(item, facts))
@@ -139,15 +163,6 @@ class CaseOutput:
     def _facts(engine: Engine) -> Mapping[str, Any]:
         return getattr(getattr(engine, "inferer", None), "facts", {})
 
-    @staticmethod
-    def _volume(image: Any, path: Path) -> None:
-        values = image.as_tensor().cpu()
-        array = np.asarray(values.float() if values.is_floating_point() else values)
-        array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
-        codes = {name: max(1, int(image.meta.get(name, 1))) for name in ("sform_code", "qform_code")}
-        affine = np.asarray(image.affine, dtype=np.float64)
-        write_nifti(path, array, affine=affine, dtype=array.dtype, **codes)
-
 
 class RunReport:
     """Leaves ``report.json``: versions, hashes, device, and per case geometry, time, warnings or the reason of failure.
@@ -161,6 +176,7 @@ class RunReport:
         config_files: configs whose SHA-256 is recorded.
         weights: weight file whose SHA-256 is recorded.
         output: the :class:`CaseOutput` whose file names are listed.
+        describe: what to say about the sizes of a postprocessed item.
 
     Example:
         >>> RunReport("out").cases
@@ -174,8 +190,10 @@ class RunReport:
         config_files: Sequence[str | Path] = (),
         weights: str | Path | None = None,
         output: CaseOutput | None = None,
+        *,
+        describe: Callable[[Mapping[str, Any]], dict[str, Any]] = volume_facts,
     ) -> None:
-        self.output_dir, self.output = Path(output_dir), output
+        self.output_dir, self.output, self.describe = Path(output_dir), output, describe
         # A file may be named, its folder not.
         self.settings = {k: Path(v).name if isinstance(v, str) else v for k, v in (settings or {}).items()}
         self.hashes = {Path(p).name: _sha256(p) for p in [*config_files, *([weights] if weights else [])]}
@@ -231,17 +249,13 @@ class RunReport:
 
     def _record(self, engine: Engine) -> None:
         for item in processed_cases(engine):
-            case, image, pred = str(item["case"]), item["image"], item["pred"]
+            case, image = str(item["case"]), item["image"]
             facts = dict(getattr(getattr(engine, "inferer", None), "facts", {}))
             notes = [line for line in str(image.meta.get("notes", "")).splitlines() if line]
-            affine = np.asarray(image.meta["original_affine"], dtype=np.float64)
             self.cases[case] = {
                 "status": "done",
                 "input": Path(str(image.meta.get("filename_or_obj", case))).name,
-                "input_size": [int(n) for n in image.meta["spatial_shape"]],
-                "input_spacing_mm": [round(float(s), 5) for s in spacing_of(affine)],
-                "output_size": [int(n) for n in pred.shape[1:]],
-                "output_spacing_mm": [round(float(s), 5) for s in spacing_of(np.asarray(pred.affine))],
+                **self.describe(item),
                 "seconds": round(time.monotonic() - self._since, 1),
                 "files": self.output.written.get(case, []) if self.output else [],
                 "warnings": [*notes, *facts.pop("warnings", [])],
