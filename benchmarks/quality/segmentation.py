@@ -24,12 +24,26 @@ from pathlib import Path
 from typing import Any
 
 from medsr import catalog
-from medsr.engines.mask_comparison import mask_table
+from medsr.engines.mask_comparison import PROTOCOL, mask_table
 from medsr.io.writing import write_json
 
 from benchmarks.quality.thick_folder import STUDIES, write_study
 
 _log = logging.getLogger(__name__)
+
+HEAD = """# Results of the segmentation
+
+Written by `{command}`. Every row is a subject that no part of the chain has seen: it was left out of the
+super-resolution of the masks, of the pseudo data and of the training of every network. Few subjects of one site: they
+show what the method does, and nothing clinical.
+
+Protocol: {protocol}.
+
+Budgets per network, equal for all: {budgets}. `nearest` repeats the mask of a thick slice, `signed distance`
+interpolates its shape, `thin head` is the network's own mask on thin slices. `{plain}` is the network for thick slices
+alone, `{upper}` the upper bound; `perfect thick mask` is what the best segmentation of thick slices could give.
+`thick_dice` of the thin head is that of its probabilities averaged over a slice.
+"""
 
 SUPERRES, SEGMENTATION = "mri_rehrseg_superres", "mri_rehrseg_segmentation"
 LABELS = ("train.json", "train_planes.json", "train_labels.json")
@@ -84,6 +98,15 @@ def main() -> None:
         rows = [row for one in found for row in one]
     write_json(output / "masks.json", {"rows": rows})
     print(mask_table(rows))
+    if arguments.report:
+        head = HEAD.format(
+            command=f"python -m benchmarks.quality.segmentation {arguments.study} ...",
+            protocol=PROTOCOL,
+            budgets=", ".join(f"{count} iterations ({name})" for name, count in budgets.items()),
+            plain=PLAIN,
+            upper=UPPER_BOUND,
+        )
+        arguments.report.write_text(f"{head}\n{mask_table(rows)}\n")
 
 
 class Fold:
