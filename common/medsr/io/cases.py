@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,15 @@ from medsr.errors import DataError
 from medsr.io.dicom import is_dicom_series, read_series, read_series_header
 from medsr.io.nifti import VolumeHeader, read_nifti, read_nifti_header
 
-__all__ = ["case_name", "find_cases", "find_labelled_cases", "inspect_case", "read_case"]
+__all__ = [
+    "case_name",
+    "collect_cases",
+    "find_cases",
+    "find_labelled_cases",
+    "inspect_case",
+    "list_folder",
+    "read_case",
+]
 
 _SUFFIXES = (".nii.gz", ".nii")
 _NAME_LIMIT = 100
@@ -42,14 +50,39 @@ def find_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
         Traceback (most recent call last):
         medsr.errors.DataError: no-such-folder: no such file or folder
     """
+    return collect_cases(source, _expand)
+
+
+def collect_cases(
+    source: PathLike | Sequence[PathLike],
+    expand: Callable[[Path], list[Path]],
+    *,
+    suffixes: Sequence[str] = _SUFFIXES,
+) -> list[dict[str, str]]:
+    """Make data items ``{"image": absolute path, "case": name}`` of what ``expand`` finds behind the sources.
+
+    Outputs are named after the case, so two inputs of one name would overwrite each other: they are refused.
+
+    Args:
+        source: a path or a list of paths.
+        expand: gives the inputs that one path names.
+        suffixes: file name endings that are no part of a case name.
+
+    Raises:
+        DataError: if the list is empty or two inputs have one case name.
+
+    Example:
+        >>> [item["case"] for item in collect_cases(["a.nii", "b.nii.gz"], lambda path: [path])]
+        ['a', 'b']
+    """
     sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     if not sources:
-        raise DataError("the list of inputs is empty; give a NIfTI file or a folder")
-    paths = [found for item in sources for found in _expand(Path(item).expanduser())]
+        raise DataError("the list of inputs is empty; give a file or a folder")
+    paths = [found for item in sources for found in expand(Path(item).expanduser())]
     seen: dict[str, Path] = {}
     items = []
     for path in paths:
-        name = case_name(path)
+        name = case_name(path, suffixes=suffixes)
         # Case-insensitive file systems would let a.nii and A.nii share one output.
         other = seen.setdefault(name.casefold(), path)
         if other is not path:
@@ -58,6 +91,36 @@ def find_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
             )
         items.append({"image": str(path.absolute()), "case": name})
     return items
+
+
+def list_folder(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """List the wanted entries of a folder by name, without hidden ones and without links that leave it.
+
+    Args:
+        folder: the folder; what lies in its sub-folders is not listed.
+        wanted: whether an entry is an input.
+
+    Raises:
+        DataError: if the folder cannot be read or a wanted entry is a link to somewhere else.
+
+    Example:
+        >>> list_folder(Path("no-such-folder"), Path.is_file)
+        Traceback (most recent call last):
+        medsr.errors.DataError: no-such-folder: cannot be read (No such file or directory)
+    """
+    name = folder.name or folder.resolve().name
+    try:
+        children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror})") from None
+    root = folder.resolve()
+    found = [child for child in children if wanted(child)]
+    for child in found:
+        if child.is_symlink() and root not in child.resolve().parents:
+            raise DataError(
+                f"{child.name}: a link that leaves the folder {name}; name the file itself instead"
+            )
+    return found
 
 
 def find_labelled_cases(
@@ -112,8 +175,12 @@ def find_labelled_cases(
     return items
 
 
-def case_name(path: PathLike) -> str:
+def case_name(path: PathLike, *, suffixes: Sequence[str] = _SUFFIXES) -> str:
     """Name of a case, safe as a file name everywhere: ``[A-Za-z0-9._-]``, no leading dot, at most 100.
+
+    Args:
+        path: the file or folder.
+        suffixes: file name endings that are no part of the name, the longer of two first.
 
     Example:
         >>> case_name("/data/T1 weighted.nii.gz")
@@ -121,7 +188,7 @@ def case_name(path: PathLike) -> str:
     """
     path = Path(path)
     name = path.name or path.resolve().name
-    suffix = _suffix(path)
+    suffix = _suffix(path, suffixes)
     if suffix:
         name = name[: -len(suffix)]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", unicodedata.normalize("NFC", name))
@@ -170,8 +237,8 @@ def read_case(
     return reader(path, allow_constant=allow_constant)
 
 
-def _suffix(path: Path) -> str:
-    return next((s for s in _SUFFIXES if path.name.lower().endswith(s)), "")
+def _suffix(path: Path, suffixes: Sequence[str] = _SUFFIXES) -> str:
+    return next((s for s in suffixes if path.name.lower().endswith(s)), "")
 
 
 def _expand(path: Path) -> list[Path]:
@@ -183,19 +250,12 @@ def _expand(path: Path) -> list[Path]:
         if not _suffix(path):
             raise DataError(f"{name}: not a NIfTI file; a DICOM series is given by its folder")
         return [path]
-    try:
-        children = sorted(child for child in path.iterdir() if not child.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror})") from None
-    root = path.resolve()
-    found = []
-    for child in children:
-        if (child.is_file() and _suffix(child)) or (child.is_dir() and is_dicom_series(child)):
-            if child.is_symlink() and root not in child.resolve().parents:
-                raise DataError(
-                    f"{child.name}: a link that leaves the folder {name}; name the file itself instead"
-                )
-            found.append(child)
+    found = list_folder(
+        path,
+        lambda child: (
+            (child.is_file() and bool(_suffix(child))) or (child.is_dir() and is_dicom_series(child))
+        ),
+    )
     if is_dicom_series(path):
         if found:
             raise DataError(

@@ -1,4 +1,4 @@
-"""The loading transform of all bundles."""
+"""The loading transforms of all bundles: volumes, and photographs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from monai.transforms import MapTransform
 from monai.utils import MetaKeys, SpaceKeys
 
 from medsr.io.cases import read_case
+from medsr.io.images import read_image
 
-__all__ = ["LoadVolumed"]
+__all__ = ["LoadImageFiled", "LoadVolumed"]
 
 
 class LoadVolumed(MapTransform):
@@ -76,3 +77,51 @@ class LoadVolumed(MapTransform):
         if header.slice_thickness_mm is not None:
             meta["slice_thickness_mm"] = header.slice_thickness_mm
         return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=affine, meta=meta)
+
+
+class LoadImageFiled(MapTransform):
+    """Load PNG, JPEG, TIFF, BMP and DICOM photographs as channel-first ``MetaTensor``, or fail with the reason.
+
+    ``monai.transforms.LoadImaged`` with ``PILReader`` was considered: it leaves the values in 0..255 or 0..65535
+    without telling which, reads 16-bit colour as 8 bits and palettes as their indices, swaps rows and columns,
+    ignores the EXIF orientation and keeps neither colour profile nor resolution.
+
+    The metadata hold ``spatial_shape`` (rows, columns), ``filename_or_obj``, ``notes``, one warning per line, and the
+    encoding of the file as text and numbers, which survive the default collate function of a loader:
+    :meth:`medsr.io.images.ImageEncoding.from_meta` gives it back to the writer. The affine is the identity, in
+    pixels.
+
+    Args:
+        keys: items that hold a path; each is replaced by the image. An alpha channel is added under
+            ``f"{key}_alpha"`` when the file has one, and only then.
+        allow_missing_keys: skip items that a sample does not have.
+
+    Shape:
+        - Output: ``(C, H, W)`` float32 in [0, 1], C = 1 or 3; alpha ``(1, H, W)``.
+
+    Raises:
+        DataError: if a file cannot be read whole and exactly, see :func:`medsr.io.images.read_image`.
+
+    Example:
+        >>> LoadImageFiled(keys="image")({"image": "none.png"})
+        Traceback (most recent call last):
+        medsr.errors.DataError: none.png: no such file
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace the path at every key by its image."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            path = result[key]
+            image = read_image(path)
+            meta: dict[str, Any] = {
+                MetaKeys.SPATIAL_SHAPE.value: np.asarray(image.values.shape[1:]),
+                MetaKeys.ORIGINAL_CHANNEL_DIM.value: 0,
+                "filename_or_obj": str(path),
+                "notes": "\n".join(image.notes),
+                **image.encoding.to_meta(),
+            }
+            result[key] = MetaTensor(torch.from_numpy(image.values), meta=meta)
+            if image.alpha is not None:
+                result[f"{key}_alpha"] = MetaTensor(torch.from_numpy(image.alpha), meta=dict(meta))
+        return result

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from medsr.errors import DataError
-from medsr.io.loading import LoadVolumed
+from medsr.io.images import ImageEncoding
+from medsr.io.loading import LoadImageFiled, LoadVolumed
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.transforms import Compose, Orientationd
+from PIL import Image
 
 
 def test_image_and_metadata(nifti, expected_law):
@@ -95,3 +97,61 @@ def test_orientation_can_be_inverted(nifti, expected_law):
     back = orient.inverse(item)["image"]
     np.testing.assert_array_equal(back[0].numpy(), expected_law(8, 9, 10))
     np.testing.assert_allclose(back.affine, affine)
+
+
+# --- Photographs ------------------------------------------------------------------------------------------
+
+RGB = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+
+
+def photograph(path, pixels=RGB, **options):
+    Image.fromarray(pixels).save(path, **options)
+    return str(path)
+
+
+def test_photograph_and_metadata(tmp_path):
+    path = photograph(tmp_path / "a.png", icc_profile=b"profile", dpi=(300, 300))
+    item = LoadImageFiled(keys="image")({"image": path, "case": "a"})
+    assert set(item) == {"image", "case"}
+    image = item["image"]
+    assert isinstance(image, MetaTensor)
+    assert image.dtype == torch.float32
+    np.testing.assert_array_equal(image.numpy(), np.moveaxis(RGB, -1, 0) / np.float32(255))
+    np.testing.assert_array_equal(image.affine, np.eye(4))
+    assert image.meta["spatial_shape"].tolist() == [4, 5]
+    assert (image.meta["filename_or_obj"], image.meta["notes"]) == (path, "")
+    encoding = ImageEncoding.from_meta(image.meta)
+    assert (encoding.file_format, encoding.bits, encoding.icc_profile) == ("PNG", 8, b"profile")
+
+
+def test_alpha_has_its_own_key(tmp_path):
+    opaque = photograph(tmp_path / "a.png")
+    clear = photograph(tmp_path / "b.png", np.dstack([RGB, RGB[..., 0]]))
+    item = LoadImageFiled(keys=["image", "label"])({"image": clear, "label": opaque})
+    assert set(item) == {"image", "image_alpha", "label"}
+    assert (item["image"].shape, item["image_alpha"].shape) == ((3, 4, 5), (1, 4, 5))
+    np.testing.assert_array_equal(item["image_alpha"][0].numpy(), RGB[..., 0] / np.float32(255))
+    assert item["image_alpha"].meta["filename_or_obj"] == clear
+
+
+def test_encoding_survives_a_loader(tmp_path):
+    paths = [
+        photograph(tmp_path / "a.tif", dpi=(300.5, 150), icc_profile=b"profile"),
+        photograph(tmp_path / "b.png"),
+    ]
+    transform = LoadImageFiled(keys="image")
+    alone = [transform({"image": path})["image"] for path in paths]
+    loader = DataLoader(Dataset([{"image": path} for path in paths], transform), batch_size=2, num_workers=0)
+    together = [item["image"] for item in decollate_batch(next(iter(loader)))]
+    for one, two in zip(alone, together, strict=True):
+        assert ImageEncoding.from_meta(two.meta) == ImageEncoding.from_meta(one.meta)
+        assert two.meta["notes"] == one.meta["notes"]
+    assert ImageEncoding.from_meta(together[0].meta).dpi == (300.5, 150)
+
+
+def test_photographs_that_fail_say_why(tmp_path):
+    transform = LoadImageFiled(keys=["image", "label"], allow_missing_keys=True)
+    assert transform({"case": "a"}) == {"case": "a"}
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"a.png: not a PNG"):
+        transform({"image": tmp_path / "a.png"})
