@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from monai.transforms import Compose
 from torch import nn
 
 from medsr.engines.case_evaluator import one_line
-from medsr.engines.runner import load_weights, one_line_errors
 from medsr.errors import MedsrError, SettingError
 from medsr.geometry import spacing_of
 from medsr.inferers.thick_segmentation import ThickSegmentationInferer
@@ -27,7 +25,7 @@ from medsr.transforms.label_interpolation import signed_distance_interpolation
 from medsr.transforms.labels import ClassesToChannelsd, SameGridd, drawn_classes
 from medsr.transforms.thick_slices import ThickSliceParameters, thick_slice_affine
 
-__all__ = ["MaskComparison", "mask_table", "named_networks"]
+__all__ = ["MaskComparison", "mask_table"]
 
 _log = logging.getLogger(__name__)
 
@@ -167,20 +165,6 @@ def _readings(mask: np.ndarray, ratio: float, spacing_mm: np.ndarray) -> dict[st
         reading: signed_distance_interpolation(mask, ratio, spacing_mm=spacing_mm, kind=kind)
         for reading, kind in (("nearest", "nearest"), ("signed distance", "linear"))
     }
-
-
-@one_line_errors
-def named_networks(network: nn.Module, weights: Mapping[str, str | Path]) -> dict[str, nn.Module]:
-    """Copies of a network with the weights of several trainings.
-
-    Raises:
-        WeightsError: if a file does not fit.
-
-    Example:
-        >>> named_networks(nn.Linear(1, 1), {})
-        {}
-    """
-    return {name: load_weights(path, copy.deepcopy(network)).eval() for name, path in weights.items()}
 
 
 def mask_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -20,9 +21,18 @@ from medsr.errors import DataError, MedsrError, WeightsError
 from medsr.geometry import slice_axis
 from medsr.handlers.case_output import CaseOutput
 from medsr.io.cases import find_cases, inspect_case
+from medsr.io.images import find_images, read_image_header
 from medsr.io.writing import probe_folder
 
-__all__ = ["check_settings", "check_weights", "load_weights", "one_line_errors", "preflight"]
+__all__ = [
+    "check_settings",
+    "check_weights",
+    "load_weights",
+    "named_networks",
+    "one_line_errors",
+    "preflight",
+    "preflight_images",
+]
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -141,6 +151,11 @@ def preflight(
     return len(cases) - len(reasons)
 
 
+def preflight_images(dataset_dir: str | Sequence[str], output_dir: str | Path, **checks: Any) -> int:
+    """:func:`preflight` for 2D images; its other checks are taken by name."""
+    return preflight(dataset_dir, output_dir, find=find_images, inspect=read_image_header, **checks)
+
+
 def _inspect_slices(path: str, *, force: bool) -> None:
     slice_axis(inspect_case(path).affine, force=force, name=Path(path).name)
 
@@ -187,3 +202,17 @@ def load_weights(path: str | Path, network: nn.Module) -> nn.Module:
     check_weights(path, network)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return network
+
+
+@one_line_errors
+def named_networks(network: nn.Module, weights: Mapping[str, str | Path]) -> dict[str, nn.Module]:
+    """Copies of a network with the weights of several trainings.
+
+    Raises:
+        WeightsError: if a file does not fit.
+
+    Example:
+        >>> named_networks(nn.Linear(1, 1), {})
+        {}
+    """
+    return {name: load_weights(path, copy.deepcopy(network)).eval() for name, path in weights.items()}

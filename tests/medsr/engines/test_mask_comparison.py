@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from medsr.engines.mask_comparison import MaskComparison, mask_table, named_networks
+from medsr.engines.mask_comparison import MaskComparison, mask_table
 from medsr.errors import SettingError
 from medsr.io.cases import find_labelled_cases
 from medsr.io.writing import write_nifti
-from medsr.networks.thick_segmentation import ThickSegmentationNet
 from medsr.resampling import interpolation_matrix
 from torch import Tensor, nn
 
@@ -122,15 +121,3 @@ def test_the_mean_leaves_out_what_is_not_defined():
     assert mask_table(rows).splitlines()[-1] == "| mean | c | n | nearest | 0.500 | 2.000 |"
     with pytest.raises(SettingError, match="no rows"):
         mask_table([])
-
-
-def test_networks_are_copies_with_weights_of_their_own(tmp_path):
-    torch.manual_seed(0)
-    network = ThickSegmentationNet(patch_size=(32, 32, 8), width=2)
-    for name in ("first", "second"):
-        other = ThickSegmentationNet(patch_size=(32, 32, 8), width=2)
-        torch.save(other.state_dict(), tmp_path / f"{name}.pt")
-    found = named_networks(network, {name: tmp_path / f"{name}.pt" for name in ("first", "second")})
-    weights = [n.thick_head.conv.conv.weight for n in (network, *found.values())]
-    assert not torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[1], weights[2])

@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 import torch
 from medsr.engines import runner
-from medsr.engines.runner import check_settings, check_weights, load_weights, one_line_errors, preflight
+from medsr.engines.runner import (
+    check_settings,
+    check_weights,
+    load_weights,
+    named_networks,
+    one_line_errors,
+    preflight,
+    preflight_images,
+)
 from medsr.errors import DataError, GeometryError, MedsrError, OutputError, SettingError, WeightsError
 from medsr.handlers.training import save_weights
 from medsr.io.writing import write_nifti
+from PIL import Image
 from torch import nn
 
 THICK = np.diag([1.0, 1.0, 4.0, 1.0])
@@ -250,3 +259,25 @@ def test_refused_weights_leave_the_network_alone(weights, capsys):
     flip(weights)
     failure(capsys, load_weights, weights, net)
     assert all(torch.equal(net.state_dict()[key], before[key]) for key in before)
+
+
+def test_named_networks_are_copies_with_weights_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    original = network()
+    for name in ("first", "second"):
+        save_weights(network().state_dict(), tmp_path / f"{name}.pt")
+    found = named_networks(original, {name: tmp_path / f"{name}.pt" for name in ("first", "second")})
+    weights = [n.weight for n in (original, *found.values())]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_images_are_checked_as_images(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (8, 6)).save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"no image")
+    assert preflight_images(str(folder), tmp_path / "out") == 1
+    Image.new("CMYK", (8, 6)).save(folder / "a.jpg")
+    (folder / "a.png").unlink()
+    assert failure(capsys, preflight_images, str(folder), tmp_path / "out")[0] != 0
