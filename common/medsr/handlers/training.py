@@ -58,14 +58,20 @@ class GradientGuard:
 
     def __call__(self, engine: Engine) -> None:
         """Clip, or drop the gradient of this iteration."""
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        scaler = getattr(engine, "scaler", None)
+        is_scaled = scaler is not None and scaler.is_enabled()
+        # Half precision trains on gradients that are scaled until the step.
+        scale = float(scaler.get_scale()) if is_scaled else 1.0
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm * scale)
         if math.isfinite(float(norm)):
             self._in_a_row = 0
             return
         self.skipped += 1
         self._in_a_row += 1
-        for parameter in self.network.parameters():
-            parameter.grad = None
+        # A scaler skips the step itself, and has to see why.
+        if not is_scaled:
+            for parameter in self.network.parameters():
+                parameter.grad = None
         if self._in_a_row >= self.patience:
             raise MedsrError(
                 f"training stopped: {self.patience} batches in a row gave no finite gradient; "
@@ -204,8 +210,7 @@ class RunRecord:
     ) -> None:
         self.path, self.settings, self.loss, self.every = Path(path), dict(settings), loss, int(every)
         self.history: list[dict[str, float]] = []
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._values: dict[str, list[float]] = {}
         self._start = 0.0
         self._commit = "unknown"
 
@@ -220,11 +225,11 @@ class RunRecord:
     def __call__(self, engine: Engine) -> None:
         """Write the record now."""
         minutes = (time.monotonic() - self._start) / 60
-        if self._count:
-            entry = {name: round(total / self._count, 6) for name, total in self._sums.items()}
+        if self._values:
+            entry = {name: round(sum(values) / len(values), 6) for name, values in self._values.items()}
             self.history.append({"iteration": engine.state.iteration, "minutes": round(minutes, 2), **entry})
             _log.info("iteration %d: %s", engine.state.iteration, entry)
-            self._sums, self._count = {}, 0
+            self._values = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(
             self.path,
@@ -250,8 +255,8 @@ class RunRecord:
         output = engine.state.output[0] if isinstance(engine.state.output, list) else engine.state.output
         terms = getattr(self.loss, "last_terms", None) or {"loss": float(output["loss"])}
         for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._count += 1
+            # A term that joins late, as an adversary after the warm-up, has its own count.
+            self._values.setdefault(name, []).append(float(value))
 
 
 def save_weights(

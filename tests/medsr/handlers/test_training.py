@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import pytest
@@ -101,6 +102,27 @@ def test_a_large_gradient_is_scaled_down():
     trial.batches[0]["image"] *= 100
     trial.run(GradientGuard(trial.network, max_norm=0.5))
     assert trial.weight == pytest.approx(1 - 0.1 * 0.5, abs=1e-4)
+
+
+def test_gradients_that_a_scaler_has_scaled_are_clipped_at_their_true_size():
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(network.weight)
+    optimizer, scaler = (
+        torch.optim.SGD(network.parameters(), 0.1),
+        torch.amp.GradScaler("cpu", init_scale=1024.0),
+    )
+    guard = GradientGuard(network, max_norm=0.5)
+    engine = SimpleNamespace(scaler=scaler)
+    for value, expected in ((0.2, 1 - 0.1 * 0.2), (100.0, 1 - 0.1 * (0.2 + 0.5)), (float("inf"), None)):
+        before = float(network.weight.detach())
+        optimizer.zero_grad()
+        scaler.scale(network(torch.full((1, 1), value)).sum()).backward()
+        guard(engine)
+        scaler.step(optimizer)
+        scaler.update()
+        assert float(network.weight.detach()) == pytest.approx(before if expected is None else expected)
+    assert guard.skipped == 1
+    assert scaler.get_scale() == 512
 
 
 # --- schedule -----------------------------------------------------------------------------------------------------
@@ -292,6 +314,22 @@ def test_the_record_tells_what_was_trained(tmp_path):
         (4, 2.0, 3.5),
         (5, 2.0, 5.0),
     ]
+
+
+class LateLoss(Loss):
+    """A second term joins at the fourth call."""
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        value = super().forward(pred, target)
+        self.last_terms = {"l1": 2.0, **({"late": 3.0} if self.calls > 3 else {})}
+        return value
+
+
+def test_a_term_that_joins_late_has_its_own_mean(tmp_path):
+    loss = LateLoss()
+    Trial(iterations=5, loss=loss).run(RunRecord(tmp_path / "record.json", {}, loss, every=5))
+    (entry,) = json.loads((tmp_path / "record.json").read_text())["history"]
+    assert (entry["l1"], entry["late"]) == (2.0, 3.0)
 
 
 def test_without_terms_the_loss_itself_is_recorded(tmp_path):
