@@ -1,4 +1,4 @@
-"""Interpolation along one axis as one matrix: the through-plane baselines and the skip of the networks.
+"""Interpolation along one axis as one matrix: the baselines, the skip of the networks, the bicubic degradation.
 
 Resampling the slice axis is linear in the voxels, so a whole volume is one matrix product with a small matrix of
 shape ``(new slices, old slices)``. For 40 -> 200 slices that is about a hundred times faster than
@@ -7,14 +7,22 @@ shape ``(new slices, old slices)``. For 40 -> 200 slices that is about a hundred
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from medsr.errors import SettingError
+from medsr.geometry import slice_positions
 
-__all__ = ["INTERPOLATORS", "interpolation_matrix", "keys_matrix", "resample_last_axis"]
+__all__ = [
+    "INTERPOLATORS",
+    "antialiased_bicubic_matrix",
+    "interpolation_matrix",
+    "keys_matrix",
+    "resample_last_axis",
+]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -75,14 +83,52 @@ def keys_matrix(size: int, positions: npt.ArrayLike, *, a: float = -0.5) -> Floa
     Reference:
         R. Keys, IEEE Trans. ASSP 29 (1981) 1153-1160, doi:10.1109/TASSP.1981.1163711
     """
+    places = np.asarray(positions, dtype=np.float64).ravel()
+    return _kernel_matrix(int(size), places, lambda t: _keys(t, a), reach=2)
 
-    def kernel(t: FloatArray) -> FloatArray:
-        t = np.abs(t)
-        near = (a + 2) * t**3 - (a + 3) * t**2 + 1
-        far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
-        return np.asarray(np.where(t < 1, near, np.where(t < 2, far, 0.0)))
 
-    return _kernel_matrix(int(size), np.asarray(positions, dtype=np.float64).ravel(), kernel, reach=2)
+def antialiased_bicubic_matrix(size: int, new_size: int) -> FloatArray:
+    """Matrix of MATLAB's ``imresize(..., "bicubic")`` along one axis, the degradation of the benchmarks.
+
+    Keys' kernel with a = -0.5, widened by ``size / new_size`` when the axis shrinks so that nothing folds back,
+    half-pixel centres, edges mirrored with the edge pixel repeated, rows normalised. Pillow's ``BICUBIC`` and
+    ``torch.nn.functional.interpolate(antialias=True)`` agree in the interior; at the border they cut the kernel
+    off instead of mirroring the image. SciPy's and MONAI's resampling do not widen the kernel.
+
+    Args:
+        size: number of pixels.
+        new_size: number of pixels afterwards, on the same field of view.
+
+    Shape:
+        ``(new_size, size)``; every row sums to 1.
+
+    Raises:
+        SettingError: if a size is not positive.
+
+    Example:
+        >>> antialiased_bicubic_matrix(2, 1).tolist()
+        [[0.5, 0.5]]
+
+    Reference:
+        R. Keys, IEEE Trans. ASSP 29 (1981) 1153-1160, doi:10.1109/TASSP.1981.1163711
+    """
+    if min(size, new_size) < 1:
+        raise SettingError(f"an axis cannot go from {size} to {new_size} pixels; both must be 1 or more")
+    return _antialiased_bicubic_matrix(int(size), int(new_size)).copy()
+
+
+# Few: the matrices of a photograph hold tens of megabytes.
+@lru_cache(maxsize=8)
+def _antialiased_bicubic_matrix(size: int, new_size: int) -> FloatArray:
+    stretch = max(1.0, size / new_size)
+    rows = _kernel_matrix(
+        size,
+        slice_positions(size, new_size),
+        lambda t: _keys(t / stretch, -0.5),
+        reach=math.ceil(2 * stretch),
+        mirrored=True,
+    )
+    return np.asarray(rows / rows.sum(axis=1, keepdims=True))
 
 
 def resample_last_axis(volume: npt.ArrayLike, matrix: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -96,12 +142,25 @@ def resample_last_axis(volume: npt.ArrayLike, matrix: npt.ArrayLike) -> npt.NDAr
     return np.asarray(values @ np.asarray(matrix, dtype=np.float32).T, dtype=np.float32)
 
 
-def _kernel_matrix(size: int, places: FloatArray, kernel, reach: int) -> FloatArray:  # type: ignore[no-untyped-def]
+def _keys(t: FloatArray, a: float) -> FloatArray:
+    t = np.abs(t)
+    near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+    far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+    return np.asarray(np.where(t < 1, near, np.where(t < 2, far, 0.0)))
+
+
+def _kernel_matrix(  # type: ignore[no-untyped-def]
+    size: int, places: FloatArray, kernel, reach: int, *, mirrored: bool = False
+) -> FloatArray:
     rows = np.zeros((len(places), size))
     first = np.floor(places).astype(int)
     for tap in range(-reach + 1, reach + 1):
         weight = kernel(places - (first + tap))
-        np.add.at(rows, (np.arange(len(places)), np.clip(first + tap, 0, size - 1)), weight)
+        index = np.clip(first + tap, 0, size - 1)
+        if mirrored:
+            index = (first + tap) % (2 * size)
+            index = np.minimum(index, 2 * size - 1 - index)
+        np.add.at(rows, (np.arange(len(places)), index), weight)
     return rows
 
 

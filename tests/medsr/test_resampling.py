@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from medsr.errors import SettingError
 from medsr.geometry import rescaled_size, slice_positions
-from medsr.resampling import INTERPOLATORS, interpolation_matrix, keys_matrix, resample_last_axis
+from medsr.resampling import (
+    INTERPOLATORS,
+    antialiased_bicubic_matrix,
+    interpolation_matrix,
+    keys_matrix,
+    resample_last_axis,
+)
+from PIL import Image
 from scipy.ndimage import map_coordinates
 
 SIZES = st.integers(1, 24)
@@ -125,6 +132,73 @@ def test_the_result_belongs_to_the_caller():
     first = interpolation_matrix(6, [1.5])
     first[:] = 7
     assert interpolation_matrix(6, [1.5]).max() < 1
+
+
+@given(SIZES, SIZES)
+def test_antialiased_rows_sum_to_one_and_commute_with_a_flip(size, new_size):
+    matrix = antialiased_bicubic_matrix(size, new_size)
+    assert matrix.shape == (new_size, size)
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-12)
+    np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-12)
+
+
+def test_antialiased_halving_has_the_weights_of_the_kernel_at_quarter_steps():
+    # Keys' kernel at 1/4, 3/4, 5/4 and 7/4, halved because it is twice as wide.
+    half = np.array([111, 29, -9, -3]) / 256
+    matrix = antialiased_bicubic_matrix(24, 12)
+    np.testing.assert_array_equal(matrix[5, 7:15], [*half[::-1], *half])
+    assert np.count_nonzero(matrix[5]) == 8
+    # The first row reaches three pixels over the edge, where it sees pixels 0, 1 and 2 mirrored.
+    reach = np.array([*half[::-1], *half])
+    np.testing.assert_allclose(matrix[0, :5], [*(reach[3:6] + reach[2::-1]), *reach[6:]], atol=1e-15)
+
+
+@given(SIZES, st.integers(1, 5))
+def test_antialiased_enlarging_is_plain_keys_away_from_the_edges(size, ratio):
+    positions = slice_positions(size, size * ratio)
+    inside = (positions >= 1) & (positions <= size - 2)
+    found = antialiased_bicubic_matrix(size, size * ratio)
+    np.testing.assert_allclose(found[inside], keys_matrix(size, positions)[inside], atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "new_size"), [(96, 24), (90, 30), (64, 27), (160, 10), (20, 80)])
+def test_antialiased_is_that_of_pillow_and_of_pytorch_in_the_interior(size, new_size):
+    line = np.random.default_rng(0).random(size)
+    found = antialiased_bicubic_matrix(size, new_size) @ line
+    rim = max(2, int(np.ceil(2 * new_size / size))) + 1
+    picture = Image.fromarray(np.tile(line.astype(np.float32), (4, 1)))
+    pillow = np.asarray(picture.resize((new_size, 4), Image.Resampling.BICUBIC))[0]
+    np.testing.assert_allclose(found[rim:-rim], pillow[rim:-rim], atol=1e-6)
+    pytorch = torch.nn.functional.interpolate(
+        torch.as_tensor(line)[None, None, None].expand(1, 1, 4, size),
+        size=(4, new_size),
+        mode="bicubic",
+        antialias=True,
+    )[0, 0, 0]
+    np.testing.assert_allclose(found[rim:-rim], pytorch[rim:-rim].numpy(), atol=1e-6)
+
+
+def test_antialiasing_removes_what_the_coarse_grid_cannot_hold():
+    fine = np.cos(np.pi * np.arange(96))
+    assert np.abs(antialiased_bicubic_matrix(96, 24) @ fine)[3:-3].max() < 0.02
+    assert np.abs(keys_matrix(96, slice_positions(96, 32)) @ fine).max() > 0.9
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_the_mirror_serves_axes_shorter_than_the_kernel(size):
+    # Sixteen mirrored copies of the axis, the middle of which is free of their edge.
+    line = np.random.default_rng(0).random(size)
+    mirrored = np.concatenate([line, line[::-1]] * 16)
+    for new_size in (1, 3):
+        middle = (antialiased_bicubic_matrix(32 * size, 32 * new_size) @ mirrored)[16 * new_size :][:new_size]
+        np.testing.assert_allclose(antialiased_bicubic_matrix(size, new_size) @ line, middle, atol=1e-12)
+
+
+def test_the_antialiased_matrix_belongs_to_the_caller_and_needs_pixels():
+    antialiased_bicubic_matrix(8, 2)[:] = 7
+    assert antialiased_bicubic_matrix(8, 2).max() < 1
+    with pytest.raises(SettingError, match="from 8 to 0 pixels"):
+        antialiased_bicubic_matrix(8, 0)
 
 
 def test_resample_last_axis_applies_the_matrix_in_float32():
