@@ -16,7 +16,14 @@ from torch import Tensor
 from medsr.errors import SettingError
 from medsr.transforms.labels import with_background
 
-__all__ = ["MaskResultsd", "PseudoUncertaintyd", "SplitChannelsd", "SplitUncertaintyd", "border_uncertainty"]
+__all__ = [
+    "AddUncertaintyd",
+    "MaskResultsd",
+    "PseudoUncertaintyd",
+    "SplitChannelsd",
+    "SplitUncertaintyd",
+    "border_uncertainty",
+]
 
 _SOURCES = ("image", "label", "both")
 
@@ -56,6 +63,42 @@ class SplitUncertaintyd(MapTransform):
                 result["uncertainty"] = values[count : 2 * count]
                 result[key] = values[:count]
             result[key].meta = dict(values.meta)
+        return result
+
+
+class _HasUncertainty(Protocol):
+    uncertainty: Tensor | None
+
+
+class AddUncertaintyd(MapTransform):
+    """Put what an inferer found uncertain about its last result beside it, if it did.
+
+    Args:
+        key: the result.
+        inferer: holds ``uncertainty`` of its last result, batch axis first, or None.
+
+    Shape:
+        ``uncertainty`` is ``(1, ...)``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> item = {"pred": torch.zeros(3, 2, 2)}
+        >>> sorted(AddUncertaintyd("pred", SimpleNamespace(uncertainty=torch.zeros(1, 1, 2, 2)))(item))
+        ['pred', 'uncertainty']
+    """
+
+    def __init__(self, key: str, inferer: _HasUncertainty) -> None:
+        super().__init__(key)
+        self.inferer = inferer
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add it."""
+        result = dict(data)
+        if self.inferer.uncertainty is not None:
+            found = MetaTensor(self.inferer.uncertainty[0].float())
+            result["uncertainty"] = found.copy_meta_from(
+                convert_to_tensor(result[self.keys[0]], track_meta=True)
+            )
         return result
 
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from medsr.errors import SettingError
 from medsr.transforms.orientation import SliceAxisLastd
-from medsr.transforms.results import MaskResultsd, PseudoUncertaintyd, SplitChannelsd, SplitUncertaintyd
+from medsr.transforms.results import (
+    AddUncertaintyd,
+    MaskResultsd,
+    PseudoUncertaintyd,
+    SplitChannelsd,
+    SplitUncertaintyd,
+)
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
 
@@ -146,3 +152,12 @@ def test_a_network_that_is_sure_of_everything_gives_no_uncertainty():
 def test_settings_of_the_pseudo_uncertainty_are_checked(settings):
     with pytest.raises(SettingError, match="must"):
         PseudoUncertaintyd("uncertainty", **settings)
+
+
+def test_the_uncertainty_of_an_inferer_joins_its_result():
+    pred = MetaTensor(torch.zeros(3, 2, 2), affine=2 * torch.eye(4))
+    found = AddUncertaintyd("pred", SimpleNamespace(uncertainty=torch.full((1, 1, 2, 2), 0.25)))({"pred": pred})
+    assert found["uncertainty"].shape == (1, 2, 2)
+    assert float(found["uncertainty"].max()) == 0.25
+    assert torch.equal(found["uncertainty"].affine, pred.affine)
+    assert "uncertainty" not in AddUncertaintyd("pred", SimpleNamespace(uncertainty=None))({"pred": pred})

@@ -1,0 +1,188 @@
+"""One table of 2D super-resolution: images degraded and restored by every method, under every named protocol."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from medsr.engines.case_evaluator import one_line
+from medsr.errors import MedsrError, SettingError
+from medsr.inferers.image_superres import ImageSuperResInferer
+from medsr.io.images import read_image
+from medsr.io.writing import write_json
+from medsr.metrics.image import ImageProtocol, mean_score, psnr
+from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
+from medsr.transforms.field_of_view import field_of_view
+
+__all__ = ["DEFAULT_PROTOCOLS", "ImageComparison", "image_table", "lanczos_resize"]
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_PROTOCOLS = (ImageProtocol(mask="fov"), ImageProtocol(), ImageProtocol(channel="y"))
+"""RGB inside the field of view, which decides; RGB and luma over the whole frame."""
+
+DEGRADATION = "MATLAB-style antialiased bicubic, rounded to 8 bits at the end"
+
+
+class ImageComparison:
+    """Degrades images, restores them by interpolation and by networks, and scores all of them alike.
+
+    Args:
+        cases: items ``{"image": path, "case": name}`` of sharp images; what comes before the first hyphen of a name is
+            its group, for example the camera.
+        networks: name to network, all of one scale.
+        scale: factor.
+        protocols: how to score; the first one decides.
+        enlarge_to: resize the sharp images to this square first. The seed study seems to have done so: its numbers are
+            5 dB higher for it, and compare with nothing else.
+        inferer: settings of :class:`~medsr.inferers.image_superres.ImageSuperResInferer`.
+        output: file of the results, JSON.
+        device: where to compute.
+
+    Example:
+        >>> ImageComparison([], {}, scale=4).run()
+        []
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Mapping[str, str]],
+        networks: Mapping[str, nn.Module],
+        *,
+        scale: int,
+        protocols: Sequence[ImageProtocol] = DEFAULT_PROTOCOLS,
+        enlarge_to: int | None = None,
+        inferer: Mapping[str, Any] | None = None,
+        output: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        wrong = [name for name, network in networks.items() if network.scale != scale]
+        if wrong:
+            raise SettingError(f"'{wrong[0]}' is a network for x{networks[wrong[0]].scale}, not for x{scale}")
+        self.cases, self.networks, self.scale = list(cases), dict(networks), int(scale)
+        self.protocols, self.enlarge_to = list(protocols), enlarge_to
+        self.inferer, self.output, self.device = dict(inferer or {}), output, torch.device(device)
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: dict[str, str] = {}
+
+    def run(self) -> list[dict[str, Any]]:
+        """Compare, log and write the table; return one row per image, method and protocol."""
+        self.rows, self.left_out = [], {}
+        for case in self.cases:
+            try:
+                self.rows += self._compare(case)
+            except Exception as error:
+                self.left_out[case["case"]] = one_line(error)
+                _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
+                continue
+            if self.output:
+                content = {"degradation": DEGRADATION, "rows": self.rows, "left_out": self.left_out}
+                write_json(self.output, content)
+        if self.rows:
+            _log.info("\n%s", image_table(self.rows))
+        return self.rows
+
+    def finish(self) -> None:
+        """End the process with a non-zero status if an image was left out."""
+        if self.left_out:
+            _log.error("%d of %d images left out", len(self.left_out), len(self.cases))
+            raise SystemExit(MedsrError.exit_code)
+
+    def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
+        sharp = torch.from_numpy(read_image(case["image"]).values)
+        if self.enlarge_to:
+            sharp = bicubic_resize(sharp, (self.enlarge_to, self.enlarge_to)).clamp(0, 1)
+        sharp = modcrop(sharp, self.scale)
+        low = BicubicDownsample(self.scale, rounding="end")(sharp)
+        size = (sharp.shape[-2], sharp.shape[-1])
+        results = {
+            "bicubic": bicubic_resize(low, size).clamp(0, 1),
+            "lanczos": lanczos_resize(low, size).clamp(0, 1),
+        }
+        for name, network in self.networks.items():
+            infer = ImageSuperResInferer(**self.inferer)
+            results[name] = infer(low[None].to(self.device), network.to(self.device))[0]
+        mask = field_of_view(sharp)
+        rows = []
+        for method, result in results.items():
+            again = BicubicDownsample(self.scale)(result)
+            for protocol in self.protocols:
+                scores = protocol.score(result, sharp, mask)
+                rows.append(
+                    {
+                        "case": case["case"],
+                        "group": case["case"].partition("-")[0],
+                        "method": method,
+                        "scale": self.scale,
+                        "enlarged_to": self.enlarge_to,
+                        "protocol": scores["protocol"],
+                        "psnr_db": _number(scores["psnr_db"]),
+                        "ssim": _number(scores["ssim"]),
+                        "data_consistency_db": _number(psnr(again, low)),
+                    }
+                )
+        return rows
+
+
+def lanczos_resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize each channel with Pillow's Lanczos kernel, in float32: a second interpolation to compare with.
+
+    Shape:
+        ``(C, H, W)`` to ``(C, *size)``.
+
+    Example:
+        >>> lanczos_resize(torch.full((3, 4, 4), 0.25), (8, 8)).unique().tolist()
+        [0.25]
+    """
+    planes = [Image.fromarray(np.asarray(plane, dtype=np.float32)) for plane in image]
+    resized = [plane.resize((size[1], size[0]), Image.Resampling.LANCZOS) for plane in planes]
+    return torch.stack([torch.from_numpy(np.array(plane)) for plane in resized])
+
+
+def image_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Means per group and over all images as a Markdown table: one line per method, one column pair per protocol.
+
+    Example:
+        >>> row = {"case": "a-1", "group": "a", "method": "bicubic", "protocol": "p", "psnr_db": 30.0, "ssim": 0.9}
+        >>> print(image_table([row]))
+        | group | images | method | p: dB | SSIM |
+        |---|---|---|---|---|
+        | a | 1 | bicubic | 30.00 | 0.9000 |
+        | all | 1 | bicubic | 30.00 | 0.9000 |
+    """
+    if not rows:
+        raise SettingError("there are no rows to put into a table; check the images")
+    protocols, methods, groups = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("protocol", "method", "group")
+    )
+    names = [name for protocol in protocols for name in (f"{protocol}: dB", "SSIM")]
+    lines = [
+        "| " + " | ".join(["group", "images", "method", *names]) + " |",
+        "|---" * (3 + len(names)) + "|",
+    ]
+    for group in [*groups, "all"]:
+        inside = [row for row in rows if group in ("all", row["group"])]
+        count = len({row["case"] for row in inside})
+        for method in methods:
+            cells = []
+            for protocol in protocols:
+                found = [row for row in inside if row["method"] == method and row["protocol"] == protocol]
+                for key, digits in (("psnr_db", 2), ("ssim", 4)):
+                    score = mean_score(math.inf if row[key] is None else row[key] for row in found)
+                    cells.append(f"{score.mean:.{digits}f}")
+            lines.append("| " + " | ".join([group, str(count), method, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | str) -> float | None:
+    """A score as JSON can hold it: None for equal images."""
+    number = float(value)
+    return round(number, 4) if math.isfinite(number) else None

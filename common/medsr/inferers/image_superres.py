@@ -1,0 +1,118 @@
+"""Inference of one 2D image: tiles, self-ensemble, and what a result has to do with its input."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any, Protocol
+
+from monai.inferers import Inferer
+from torch import Tensor
+
+from medsr.errors import DataError, SettingError
+from medsr.inferers.dihedral import DihedralEnsemble
+from medsr.inferers.tiles import TileInferer
+from medsr.metrics.image import psnr
+from medsr.transforms.bicubic import bicubic_resize
+
+__all__ = ["ImageSuperResInferer"]
+
+_INVENTED_FROM = 8
+"""Scale from which on most of what is seen has no counterpart in the input."""
+
+
+class _Network(Protocol):
+    """What is asked of a network beside what :class:`~medsr.inferers.tiles.TileInferer` asks."""
+
+    scale: int
+    in_channels: int
+
+
+class ImageSuperResInferer(Inferer):
+    """Super-resolves one image and says how well the result agrees with it.
+
+    Made small again with the degradation of the training, a result should be its input: ``facts`` holds how far it
+    is from that (``data_consistency_db``, and the largest difference in 255ths). Back-projection adds the enlarged
+    difference, which makes them agree; it is off by default, because a network that needs it was not made for the
+    image at hand. A grey image runs through a network for colour as three equal channels, whose mean is taken.
+
+    Args:
+        ensemble: average over the eight flips and rotations, at eight times the time; their disagreement is kept as
+            ``uncertainty``, that of the last image of the calling thread.
+        back_projection: number of back-projection steps.
+        **tiles: settings of :class:`~medsr.inferers.tiles.TileInferer`.
+
+    Shape:
+        ``(1, C, H, W)`` in [0, 1] to ``(1, C, s * H, s * W)`` in [0, 1], float32, on the CPU.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        DataError: if the number of channels does not fit the network.
+
+    Example:
+        >>> import torch
+        >>> class Twice(torch.nn.Upsample):
+        ...     scale, in_channels, size_multiple, exact_halo, half_precision_safe = 2, 3, 1, 0, True
+        >>> infer = ImageSuperResInferer(back_projection=1)
+        >>> infer(torch.rand(1, 1, 20, 30), Twice(scale_factor=2)).shape
+        torch.Size([1, 1, 40, 60])
+        >>> infer.facts["back_projection"]
+        1
+
+    Reference:
+        M. Irani and S. Peleg, Improving resolution by image registration, 1991, doi:10.1016/1049-9652(91)90045-L
+    """
+
+    def __init__(self, *, ensemble: bool = False, back_projection: int = 0, **tiles: Any) -> None:
+        super().__init__()
+        if int(back_projection) != back_projection or back_projection < 0:
+            raise SettingError(f"back_projection must be a whole number >= 0, got {back_projection}")
+        self.back_projection, self.ensemble = int(back_projection), bool(ensemble)
+        tile_inferer = TileInferer(**tiles)
+        self.inferer = DihedralEnsemble(tile_inferer) if self.ensemble else tile_inferer
+        self._last = threading.local()
+        self.facts: dict[str, Any] = {}
+
+    def __call__(self, inputs: Tensor, network: _Network, *args: Any, **kwargs: Any) -> Tensor:
+        """Super-resolve the first (only) image of the batch; other arguments are ignored."""
+        image = (inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs).float()
+        channels = image.shape[1]
+        if channels not in (1, network.in_channels):
+            raise DataError(f"the image has {channels} channels, the network takes {network.in_channels}")
+        result = self.inferer(image.expand(-1, network.in_channels, -1, -1), network)
+        warnings = []
+        if channels < result.shape[1]:
+            result = result.mean(1, keepdim=True)
+            warnings.append("grey image, network for colour: its three equal channels were averaged")
+        low = image.cpu()
+        for _ in range(self.back_projection):
+            result += bicubic_resize(low - _small(result, low), _size(result))
+        result.clamp_(0, 1)
+        self._last.uncertainty = getattr(self.inferer, "uncertainty", None)
+        small = _small(result, low)
+        agreement = psnr(small[0], low[0].clamp(0, 1))
+        self.facts = {
+            **self.inferer.facts,
+            "scale": network.scale,
+            "data_consistency_db": round(agreement, 2) if math.isfinite(agreement) else None,
+            "data_consistency_max_255ths": round(255 * float((small - low).abs().max()), 2),
+            "back_projection": self.back_projection,
+            "ensemble": self.ensemble,
+            "warnings": [*self.inferer.facts.get("warnings", []), *warnings],
+        }
+        if network.scale >= _INVENTED_FROM:
+            self.facts["notice"] = f"not for diagnosis: at x{network.scale} most detail is estimated"
+        return result
+
+    @property
+    def uncertainty(self) -> Tensor | None:
+        """Disagreement of the ensemble for this thread's last image, ``(1, 1, s * H, s * W)``; None without one."""
+        return getattr(self._last, "uncertainty", None)
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return image.shape[-2], image.shape[-1]
+
+
+def _small(result: Tensor, low: Tensor) -> Tensor:
+    return bicubic_resize(result, _size(low))
