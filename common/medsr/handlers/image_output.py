@@ -43,7 +43,7 @@ def write_result(path: Path, image: Any, item: Mapping[str, Any]) -> None:
     enlarged = None
     if alpha is not None:
         size = (values.shape[-2], values.shape[-1])
-        enlarged = bicubic_resize(_plain(alpha), size).clamp(0, 1).numpy()
+        enlarged = bicubic_resize(_plain(alpha).float(), size).clamp(0, 1).numpy()
     write_image(path, values.numpy(), encoding, alpha=enlarged)
 
 
@@ -61,4 +61,5 @@ def image_facts(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(image: Any) -> Tensor:
     values: Tensor = image.as_tensor() if hasattr(image, "as_tensor") else image
-    return values.detach().cpu().float()
+    # A large result stays in half precision until it is rounded.
+    return values.detach().cpu()

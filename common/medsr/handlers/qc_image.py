@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 import medsr
 from medsr.errors import DataError
-from medsr.transforms.bicubic import bicubic_resize
+from medsr.resampling import antialiased_bicubic_matrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,15 +25,14 @@ DETAIL_SHARE, DETAIL_LEAST = 6, 24
 """The detail is a square of a sixth of the shorter side, and of at least so many pixels of the input."""
 
 CHANGE_CAPTION = "change against bicubic"
-FloatArray = npt.NDArray[np.float32]
 
 
 def superres_image_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> Figure:
     """Figure of a super-resolved image: input, bicubic interpolation, result, and where to look twice.
 
     The last column is the uncertainty, if there is one, else how far the result is from the interpolation: what the
-    network added. The second row is the detail with the strongest edges in the interpolation, hence no choice of the
-    network or of an author. Nothing is smoothed: the input is shown as its pixels are.
+    network added. The second row is the detail with the strongest edges in the input, hence no choice of the network or
+    of an author. Nothing is smoothed: the input is shown as its pixels are.
 
     Args:
         item: ``image`` of the input and ``pred``, intensities in [0, 1]; ``uncertainty`` of the result, if known;
@@ -57,40 +54,39 @@ def superres_image_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> 
     from matplotlib.figure import Figure
 
     low, high = (_plain(item[key]) for key in ("image", "pred"))
-    scale = high.shape[-1] // low.shape[-1]
-    if scale < 1 or tuple(high.shape[1:]) != tuple(scale * n for n in low.shape[1:]):
-        raise DataError(f"a result of {tuple(high.shape)} does not belong to an input of {tuple(low.shape)}")
-    between = bicubic_resize(low, high.shape[1:]).clamp(0, 1)
-    unsure = item.get("uncertainty")
-    last = (high - between).abs().mean(0) if unsure is None else _plain(unsure)[0]
-    top = max(float(last.max()), 1 / 255)
-    panels = (
-        ("input", low.repeat_interleave(scale, 1).repeat_interleave(scale, 2)),
-        ("bicubic", between),
-        (f"result x{scale}", high),
-        (CHANGE_CAPTION if unsure is None else "uncertainty", last[None]),
-    )
-    row, column, side = _detail(between, scale)
-
     height, width = high.shape[1:]
-    panel = WIDTH_IN / len(panels)
+    scale = width // low.shape[-1]
+    if scale < 1 or (height, width) != tuple(scale * n for n in low.shape[1:]):
+        raise DataError(f"a result of {tuple(high.shape)} does not belong to an input of {tuple(low.shape)}")
+    unsure = item.get("uncertainty")
+    row, column, side = _detail(low, scale)
+    step = max(1, -(-max(height, width) // LARGEST))
+    # Of a large photograph no more is ever computed than what is drawn.
+    views = [
+        _view(low, high, rows=rows, columns=columns, unsure=None if unsure is None else _plain(unsure))
+        for rows, columns in (
+            (slice(0, height, step), slice(0, width, step)),
+            (slice(row, row + side), slice(column, column + side)),
+        )
+    ]
+    top = max(*(float(view[-1].max()) for view in views), 1 / 255)
+    names = ("input", "bicubic", f"result x{scale}", CHANGE_CAPTION if unsure is None else "uncertainty")
+
+    panel = WIDTH_IN / len(names)
     figure = Figure(
         figsize=(WIDTH_IN, panel * (height / width + 1) + 1.0),
         dpi=DPI,
         facecolor="white",
         layout="constrained",
     )
-    axes = figure.subplots(2, len(panels), gridspec_kw={"height_ratios": (height / width, 1)})
-    step = max(1, -(-max(height, width) // LARGEST))
+    axes = figure.subplots(2, len(names), gridspec_kw={"height_ratios": (height / width, 1)})
     drawn = None
-    for number, (name, values) in enumerate(panels):
-        parts = (values[:, ::step, ::step], values[:, row : row + side, column : column + side])
-        for axis, part in zip(axes[:, number], parts, strict=True):
+    for number, name in enumerate(names):
+        for axis, view in zip(axes[:, number], views, strict=True):
             axis.set_axis_off()
-            drawn = _show(axis, part, top=top if number == len(panels) - 1 else None)
+            drawn = _show(axis, view[number], top=top if number == len(names) - 1 else None)
         axes[0, number].set_title(name, fontsize=9)
-        frame = [v / step for v in (column, row, side, side)]
-        axes[0, number].add_patch(_frame(*frame))
+        axes[0, number].add_patch(_frame(*(v / step for v in (column, row, side, side))))
     bar = figure.colorbar(drawn, ax=axes[1, -1], orientation="horizontal", fraction=0.05, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(f"{item['case']}: {low.shape[2]} x {low.shape[1]} to {width} x {height}", fontsize=10)
@@ -105,18 +101,34 @@ def _footer(facts: Mapping[str, Any]) -> str:
     return "; ".join([*notes, f"medsr {medsr.__version__}. Not for diagnosis."])
 
 
-def _detail(image: Tensor, scale: int) -> tuple[int, int, int]:
-    """First row, first column and side of the square with the strongest edges."""
-    height, width = image.shape[1:]
-    side = min(height, width, max(min(height, width) // DETAIL_SHARE, DETAIL_LEAST * scale))
-    grey = image.mean(0)
+def _view(
+    low: Tensor, high: Tensor, *, rows: slice, columns: slice, unsure: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, interpolation, result and what is unsure, at some rows and columns of the result."""
+    (height, width), scale = high.shape[1:], high.shape[-1] // low.shape[-1]
+    at_rows, at_columns = (torch.arange(n)[part] // scale for n, part in ((height, rows), (width, columns)))
+    matrices = (
+        torch.from_numpy(antialiased_bicubic_matrix(old, new)[part]).float()
+        for old, new, part in ((low.shape[1], height, rows), (low.shape[2], width, columns))
+    )
+    down, across = matrices
+    between = (down @ low @ across.T).clamp(0, 1)
+    result = high[:, rows, columns].float()
+    last = (result - between).abs().mean(0, keepdim=True) if unsure is None else unsure[:, rows, columns]
+    return low[:, at_rows][:, :, at_columns], between, result, last.float()
+
+
+def _detail(low: Tensor, scale: int) -> tuple[int, int, int]:
+    """First row, first column and side, in pixels of the result, of the square with the strongest edges."""
+    side = min(*low.shape[1:], max(min(low.shape[1:]) // DETAIL_SHARE, DETAIL_LEAST))
+    grey = low.mean(0)
     edges = torch.zeros_like(grey)
     edges[1:] += grey.diff(dim=0).square()
     edges[:, 1:] += grey.diff(dim=1).square()
     step = max(1, side // 4)
     energy = torch.nn.functional.avg_pool2d(edges[None, None], side, stride=step)[0, 0]
     row, column = divmod(int(energy.argmax()), energy.shape[1])
-    return row * step, column * step, side
+    return row * step * scale, column * step * scale, side * scale
 
 
 def _show(axis: Any, values: Tensor, *, top: float | None) -> Any:
@@ -141,4 +153,4 @@ def _frame(x: float, y: float, width: float, height: float) -> Any:
 
 def _plain(image: Any) -> Tensor:
     values = image.as_tensor() if hasattr(image, "as_tensor") else torch.as_tensor(image)
-    return values.detach().cpu().float()
+    return values.detach().cpu()

@@ -7,9 +7,10 @@ fine detail aliases, and its ``anti_aliasing`` is a Gaussian. They match the deg
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -22,7 +23,14 @@ from torch import Tensor
 from medsr.errors import DataError, SettingError
 from medsr.resampling import antialiased_bicubic_matrix
 
-__all__ = ["ROUNDINGS", "BicubicDownsample", "BicubicDownsampled", "bicubic_resize", "modcrop"]
+__all__ = [
+    "ROUNDINGS",
+    "BicubicDownsample",
+    "BicubicDownsampled",
+    "bicubic_bands",
+    "bicubic_resize",
+    "modcrop",
+]
 
 ROUNDINGS = ("none", "end", "between")
 
@@ -98,6 +106,33 @@ def bicubic_resize(image: Tensor, size: tuple[int, int], *, rounding: str = "non
     step = to_affine_nd(image.affine.shape[-1] - 1, scale_affine((height, width), tuple(size)))
     result.affine = image.affine @ torch.as_tensor(step, dtype=image.affine.dtype, device=image.affine.device)
     return result
+
+
+def bicubic_bands(image: Tensor, size: tuple[int, int], *, rows: int = 256) -> Iterator[tuple[int, Tensor]]:
+    """The result of :func:`bicubic_resize` without rounding, some rows at a time: for photographs of many megapixels.
+
+    Only the source rows that a band needs are taken up to float32, so that a large image may lie in half precision.
+
+    Args:
+        image: floating point, any precision.
+        size: new height and width, in pixels.
+        rows: rows of a band.
+
+    Yields:
+        the first row of a band, and the band, ``(..., rows or less, size[1])``, float32.
+
+    Example:
+        >>> [(first, tuple(band.shape)) for first, band in bicubic_bands(torch.rand(3, 8, 8), (5, 4), rows=3)]
+        [(0, (3, 3, 4)), (3, (3, 2, 4))]
+    """
+    down = antialiased_bicubic_matrix(image.shape[-2], size[0])
+    across = torch.from_numpy(antialiased_bicubic_matrix(image.shape[-1], size[1])).float().T
+    for first in range(0, size[0], rows):
+        part = down[first : first + rows]
+        needed = np.flatnonzero(part.any(axis=0))
+        low, high = int(needed[0]), int(needed[-1]) + 1
+        weights = torch.from_numpy(part[:, low:high]).float()
+        yield first, weights @ image[..., low:high, :].float() @ across
 
 
 def modcrop(image: Tensor, scale: int) -> Tensor:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from medsr.errors import DataError, SettingError
+from medsr.inferers import image_superres
 from medsr.inferers.image_superres import ImageSuperResInferer
 from medsr.transforms.bicubic import bicubic_resize
 from torch import Tensor, nn
@@ -95,3 +96,14 @@ def test_results_with_mostly_estimated_detail_say_so(scale, noted):
 def test_steps_are_whole_numbers(steps):
     with pytest.raises(SettingError, match="back_projection"):
         ImageSuperResInferer(back_projection=steps)
+
+
+def test_large_results_are_kept_in_half_precision(monkeypatch):
+    image = photograph()
+    exact = ImageSuperResInferer(back_projection=1)(image, Bicubic(0.05))
+    monkeypatch.setattr(image_superres, "LARGEST_FLOAT32", 1000)
+    infer = ImageSuperResInferer(back_projection=1)
+    found = infer(image, Bicubic(0.05))
+    assert found.dtype == torch.float16
+    assert float((found.float() - exact).abs().max()) < 0.3 / 255
+    assert infer.facts["data_consistency_db"] > 35

@@ -13,6 +13,7 @@ from medsr.transforms.bicubic import (
     ROUNDINGS,
     BicubicDownsample,
     BicubicDownsampled,
+    bicubic_bands,
     bicubic_resize,
     modcrop,
 )
@@ -265,3 +266,22 @@ def test_set5_reads_what_was_published():
 
     assert means(scores) == [pytest.approx(28.42, abs=0.005), pytest.approx(0.8104, abs=5e-5)]
     assert means(colour) == [pytest.approx(28.43, abs=0.005), pytest.approx(0.8113, abs=5e-5)]
+
+
+# -- in bands ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(12, 9), (192, 128), (48, 31), (1, 1)])
+@pytest.mark.parametrize("rows", [1, 7, 256])
+def test_bands_make_up_the_whole_result(size, rows):
+    image = photograph()
+    bands = list(bicubic_bands(image, size, rows=rows))
+    assert [first for first, _ in bands] == list(range(0, size[0], rows))
+    assert torch.allclose(torch.cat([band for _, band in bands], -2), bicubic_resize(image, size), atol=1e-6)
+
+
+def test_bands_of_a_half_precision_image_are_float32():
+    image = photograph().half()
+    ((_, band),) = bicubic_bands(image, (12, 8))
+    assert band.dtype == torch.float32
+    assert torch.allclose(band, bicubic_resize(image.float(), (12, 8)), atol=1e-6)
