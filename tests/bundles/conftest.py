@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from medsr.cli import main
 
 SIZE, ROWS, SPACING_MM = 40, 36, 4.0
 
@@ -110,6 +111,23 @@ def medsr_run() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(
             [str(word) for word in words], capture_output=True, text=True, timeout=300, cwd=cwd
         )
+
+    return run
+
+
+@pytest.fixture
+def medsr_here(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str]]]:
+    """``medsr run`` in this process, which saves the imports: exit status and the lines on stderr."""
+
+    def run(
+        bundle: str, *inputs: Path, out: Path, config: Sequence[str] = (), settings: Sequence[str] = ()
+    ) -> tuple[int, list[str]]:
+        words = ["run", bundle, *map(str, inputs), "-o", str(out), "--quiet"]
+        words += ["--config", *config] if config else []
+        words += ["--set", *settings] if settings else []
+        capfd.readouterr()
+        status = main(words)
+        return status, [line for line in capfd.readouterr().err.splitlines() if line.strip()]
 
     return run
 

@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from medsr import catalog
-from medsr.cli import main
 
 NAME = "mri_rehrseg_superres"
 pytestmark = [
@@ -45,18 +45,8 @@ def sharp(tmp_path: Path, phantom: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def medsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, list[str]]]:
-    """``medsr run`` in this process: exit status and the lines on stderr."""
-
-    def run(*inputs: Path, out: Path, config: tuple[str, ...] = (), settings: tuple[str, ...] = ()) -> Any:
-        words = ["run", NAME, *map(str, inputs), "-o", str(out), "--quiet"]
-        words += ["--config", *config] if config else []
-        words += ["--set", *settings] if settings else []
-        capfd.readouterr()
-        status = main(words)
-        return status, [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-
-    return run
+def medsr(medsr_here: Callable[..., Any]) -> Callable[..., tuple[int, list[str]]]:
+    return partial(medsr_here, NAME)
 
 
 def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
