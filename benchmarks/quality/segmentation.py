@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--start-iterations", type=int, default=1000)
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--only", nargs="*", help="these variants, 'ours' first")
     parser.add_argument(
         "--jobs", type=int, default=1, help="subjects at once, one thread each if more than 1"
     )
@@ -83,7 +84,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = arguments.output.resolve()
     write_study(arguments.study, output / "thick", arguments.data, ratio=arguments.ratio)
-    variants = {**VARIANTS, **(ABLATIONS if arguments.ablations else {})}
+    known = {**VARIANTS, **ABLATIONS}
+    chosen = arguments.only or (known if arguments.ablations else VARIANTS)
+    variants = {name: known[name] for name in chosen}
     budgets = {
         "labels": arguments.label_iterations,
         START: arguments.start_iterations,
