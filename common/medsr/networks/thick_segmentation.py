@@ -108,14 +108,18 @@ class ThickSegmentationNet(nn.Module):
 
     The trunk is a U-Net of MONAI's ``DynUNet`` blocks (instance norm, leaky ReLU, no deep supervision) with kernels
     and strides of :func:`plan_unet`. The thick head is ``DynUNet``'s own 1 x 1 x 1 output convolution. The thin head
-    brings the last decoder feature to the centres of the thin slices by linear interpolation along the slices, and
-    reads the classes there with two convolutions. ``DynUNet`` alone ends on the grid of its input, and
-    ``monai.networks.blocks.UpSample`` takes neither a ratio nor positions at run time. ``DynUNet`` gives each decoder
-    block the kernel of the stage below its own, so that the last one sees neighbouring slices whatever their spacing.
+    brings the last decoder feature to the centres of the thin slices by linear interpolation along the slices, reads
+    it as the thick head does, and adds what two convolutions find there. ``DynUNet`` alone ends on the grid of its
+    input, and ``monai.networks.blocks.UpSample`` takes neither a ratio nor positions at run time. ``DynUNet`` gives
+    each decoder block the kernel of the stage below its own, so that the last one sees neighbouring slices whatever
+    their spacing.
 
-    The published network aligns the corners of both grids, which stretches the result; here the field of view is
-    the same and any ratio is served. :meth:`features` and the two heads are public so that an inferer can blend
-    the features of overlapping windows before the heads read them.
+    The published thin head has the two convolutions alone. Here the last one starts at zero: a network that was
+    trained on thick slices first then interpolates its logits, a good mask already, while random ones would spend
+    the next hundreds of iterations on pulling the trunk away from what it knows. The published network also aligns
+    the corners of both grids, which stretches the result; here the field of view is the same and any ratio is
+    served. :meth:`features` and the two heads are public so that an inferer can blend the features of overlapping
+    windows before the heads read them.
 
     Args:
         classes: number of softmax classes with the background.
@@ -195,6 +199,8 @@ class ThickSegmentationNet(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv3d(thin_channels, classes, thin_kernel, padding=thin_kernel // 2),
         ).apply(DynUNet.initialize_weights)
+        nn.init.zeros_(self.thin_head[-1].weight)
+        nn.init.zeros_(self.thin_head[-1].bias)
         # With so few channels on so fine a grid four times as fast on a CPU as the default order; the trunk is not.
         self.thin_head = self.thin_head.to(memory_format=torch.channels_last_3d)
         self.thin_halo = 1 + thin_kernel // 2
@@ -254,7 +260,8 @@ class ThickSegmentationNet(nn.Module):
             with torch.autocast(features.device.type, enabled=False):
                 fine = features @ rows[low : stop + self.thin_halo].T
             fine = fine.contiguous(memory_format=torch.channels_last_3d)
-            parts.append(self.thin_head(fine)[..., first - low : stop - low])
+            logits = self.thick_head(fine) + self.thin_head(fine)
+            parts.append(logits[..., first - low : stop - low])
         return torch.cat(parts, dim=-1)
 
     def _trunk(self, image: Tensor) -> tuple[Tensor, Tensor]:

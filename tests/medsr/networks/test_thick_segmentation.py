@@ -12,13 +12,26 @@ from medsr.errors import GeometryError, SettingError
 from medsr.geometry import rescaled_size, slice_positions
 from medsr.networks import thick_segmentation
 from medsr.networks.thick_segmentation import ThickSegmentation, ThickSegmentationNet, plan_unet
+from medsr.resampling import interpolation_matrix
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def tiny(**settings: Any) -> ThickSegmentationNet:
+def fresh(**settings: Any) -> ThickSegmentationNet:
     torch.manual_seed(0)
     return ThickSegmentationNet(**{"patch_size": (32, 32, 8), "width": 4, **settings}).eval()
+
+
+def tiny(**settings: Any) -> ThickSegmentationNet:
+    """A network whose thin head no longer starts."""
+    network = fresh(**settings)
+    nn.init.normal_(network.thin_head[-1].weight, std=0.1)
+    return network
+
+
+class Nothing(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.zeros_like(features)
 
 
 def stack(depth: int = 6, size: tuple[int, int] = (32, 32), *, batch: int = 1) -> Tensor:
@@ -158,11 +171,20 @@ def test_the_default_scale_is_the_network_s_own():
 @torch.inference_mode()
 def test_a_feature_is_read_exactly_where_a_thin_slice_lies(ratio):
     network = tiny()
-    network.thin_head = nn.Identity()
+    network.thick_head, network.thin_head = nn.Identity(), Nothing()
     ramp = torch.arange(7.0).expand(1, 4, 3, 2, 7)
     expected = slice_positions(7, rescaled_size(7, ratio), ratio).clip(0, 6)
     found = network.read_thin(ramp, ratio)
     assert np.allclose(found[0, 1, 2, 0].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [2, 3.5, 4])
+@torch.inference_mode()
+def test_a_fresh_thin_head_interpolates_the_logits_of_the_thick_one(ratio):
+    found = fresh()(stack(7), ratio, complete=True)
+    matrix = interpolation_matrix(7, slice_positions(7, rescaled_size(7, ratio), ratio), kind="linear")
+    expected = found.thick @ torch.as_tensor(matrix, dtype=torch.float32).T
+    assert torch.allclose(found.thin, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [2, 3.5, 4])

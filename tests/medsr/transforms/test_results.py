@@ -156,7 +156,9 @@ def test_settings_of_the_pseudo_uncertainty_are_checked(settings):
 
 def test_the_uncertainty_of_an_inferer_joins_its_result():
     pred = MetaTensor(torch.zeros(3, 2, 2), affine=2 * torch.eye(4))
-    found = AddUncertaintyd("pred", SimpleNamespace(uncertainty=torch.full((1, 1, 2, 2), 0.25)))({"pred": pred})
+    found = AddUncertaintyd("pred", SimpleNamespace(uncertainty=torch.full((1, 1, 2, 2), 0.25)))(
+        {"pred": pred}
+    )
     assert found["uncertainty"].shape == (1, 2, 2)
     assert float(found["uncertainty"].max()) == 0.25
     assert torch.equal(found["uncertainty"].affine, pred.affine)
