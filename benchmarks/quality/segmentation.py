@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--only", nargs="*", help="these variants, 'ours' first")
+    parser.add_argument("--report", type=Path, help="also write the table as Markdown")
     parser.add_argument(
         "--jobs", type=int, default=1, help="subjects at once, one thread each if more than 1"
     )
