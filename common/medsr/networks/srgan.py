@@ -1,0 +1,207 @@
+"""SRGAN: a residual generator with batch normalisation, SRResNet, and the discriminator that it is trained against.
+
+Papers:
+    SRGAN and SRResNet: CVPR 2017, arXiv 1609.04802, doi:10.1109/CVPR.2017.19.
+Code: written from the paper. Weights: see the bundle's ``models/README.md``.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medsr.errors import SettingError
+
+__all__ = ["SRGANDiscriminator", "SRResNet"]
+
+_SLOPE = 0.2
+"""Negative slope of the discriminator's leaky ReLUs."""
+
+
+class SRResNet(nn.Module):
+    """Enlarges an image by residual blocks on the coarse grid and sub-pixel convolutions, the generator of SRGAN.
+
+    A 9 x 9 convolution with PReLU; residual blocks of convolution, batch norm, PReLU, convolution, batch norm; one
+    more convolution with batch norm, and a skip around all of them; a sub-pixel convolution with PReLU per doubling,
+    or a single one for x3; a 9 x 9 convolution to the image. The paper has 16 blocks; a widely used light form, that
+    of the study that this package follows up, has 5. Layers start with PyTorch's initialisation: the paper names no
+    other, and ICNR, which starts sub-pixel convolutions without a checkerboard, is younger.
+
+    The paper's generator ends in tanh for images in [-1, 1]. Here images are in [0, 1]: ``output="linear"`` leaves
+    the last convolution as it is, as SRResNet and most successors do, and ``"tanh01"`` maps it by (tanh + 1) / 2, as
+    the light form does.
+
+    For inference batch normalisation must be in evaluation mode; in training mode the result depends on the rest of
+    the image and of the batch, and tiles would show.
+
+    MONAI's blocks were considered: ``SubpixelUpsample`` averages over a zero-padded border unless told otherwise;
+    ``ResidualUnit`` has the activation after the skip's convolution rather than between the two.
+
+    Args:
+        scale: enlargement, 3 or a power of two.
+        channels: channels of image and result, 1 (grey) or 3 (red, green, blue).
+        blocks: number of residual blocks.
+        features: width of the network.
+        prelu: ``shared``, one slope per layer, or ``channel``, one per channel.
+        output: ``linear`` or ``tanh01``, see above.
+
+    Shape:
+        ``(B, channels, H, W)``, intensities in [0, 1], to ``(B, channels, scale * H, scale * W)``; any size. Nothing
+        is clamped.
+
+    Raises:
+        SettingError: for another scale, or an unknown word.
+
+    Example:
+        >>> net = SRResNet(scale=3, channels=1, blocks=2, features=8).eval()
+        >>> net(torch.rand(1, 1, 10, 7)).shape
+        torch.Size([1, 1, 30, 21])
+        >>> net.exact_halo
+        12
+
+    Reference:
+        doi:10.1109/CVPR.2017.19
+    """
+
+    size_multiple = 1
+
+    half_precision_safe = True
+    """bfloat16 is safe; the last convolution stays in float32. float16 is not tested."""
+
+    def __init__(
+        self,
+        scale: int = 4,
+        channels: int = 3,
+        *,
+        blocks: int = 16,
+        features: int = 64,
+        prelu: str = "shared",
+        output: str = "linear",
+    ) -> None:
+        super().__init__()
+        doublings = int(scale).bit_length() - 1
+        if scale != 3 and (scale < 2 or scale != 2**doublings):
+            raise SettingError(f"scale must be 3 or a power of two, such as 2, 4 or 8, got {scale}")
+        if prelu not in ("shared", "channel"):
+            raise SettingError(f"prelu must be 'shared' or 'channel', got '{prelu}'")
+        if output not in ("linear", "tanh01"):
+            raise SettingError(f"output must be 'linear' or 'tanh01', got '{output}'")
+        self.scale, self.in_channels, self.output = int(scale), int(channels), output
+        # Head 4, two per block, tail 1. Behind them, at every scale, 3: the last convolution sees four fine pixels
+        # further, which lie in two coarse ones at most; each sub-pixel convolution adds one pixel of its own grid,
+        # which the doublings halve, so that the first of them sees the third coarse pixel and no more.
+        self.exact_halo = 4 + 2 * blocks + 1 + 3
+        slopes = features if prelu == "channel" else 1
+        self.head = nn.Sequential(nn.Conv2d(channels, features, 9, padding=4), nn.PReLU(slopes))
+        self.blocks = nn.Sequential(*(_ResidualBlock(features, slopes) for _ in range(blocks)))
+        self.tail = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.BatchNorm2d(features))
+        self.upsample = nn.Sequential()
+        for factor in [3] if scale == 3 else [2] * doublings:
+            self.upsample.append(nn.Conv2d(features, factor**2 * features, 3, padding=1))
+            self.upsample.append(nn.PixelShuffle(factor))
+            self.upsample.append(nn.PReLU(slopes))
+        self.out = nn.Conv2d(features, channels, 9, padding=4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Enlarge an image."""
+        head = self.head(image)
+        result = self._image(self.upsample(self.tail(self.blocks(head)) + head))
+        return (result.tanh() + 1) / 2 if self.output == "tanh01" else result
+
+    def _image(self, features: Tensor) -> Tensor:
+        """Last convolution, in float32 at least: in bfloat16 its rounding alone would be up to half a grey level."""
+        exact = torch.promote_types(features.dtype, torch.float32)
+        weight, bias = self.out.weight.to(exact), self.out.bias.to(exact)
+        kind = features.device.type
+        # Where autocast is off already, the context would only burden an exported graph.
+        off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with off:
+            return F.conv2d(features.to(exact), weight, bias, padding=4)
+
+
+class _ResidualBlock(nn.Sequential):
+    """Two normalised 3 x 3 convolutions with a PReLU between, on a skip."""
+
+    def __init__(self, features: int, slopes: int) -> None:
+        super().__init__(
+            nn.Conv2d(features, features, 3, padding=1),
+            nn.BatchNorm2d(features),
+            nn.PReLU(slopes),
+            nn.Conv2d(features, features, 3, padding=1),
+            nn.BatchNorm2d(features),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class SRGANDiscriminator(nn.Module):
+    """Tells true images from generated ones by eight convolutions, every other one with stride 2.
+
+    All but the first have batch normalisation, all a leaky ReLU. Then a hidden layer and a verdict: over the whole
+    last map, for images of one size (``dense``, the paper), or over its mean, for images of any size (``pooled``,
+    which goes with the 5-block generator). The result is a logit; the paper's sigmoid belongs to the loss, which is
+    not exact on probabilities near 0 and 1. Used with
+    :class:`~medsr.engines.adversarial.AdversarialSRTrainer`.
+
+    ``monai.networks.nets.Discriminator`` has a fixed input size, no hidden layer and ends in a sigmoid;
+    ``PatchDiscriminator`` judges patches.
+
+    Args:
+        channels: channels of the images.
+        head: ``pooled`` or ``dense``.
+        size: side of the images in pixels, at least 16; for ``dense`` only.
+        features: width at full resolution; the deepest maps have eight times as many channels.
+
+    Shape:
+        ``(B, channels, H, W)``, intensities in [0, 1], of at least 32 pixels, ``size`` x ``size`` for ``dense``, to
+        ``(B, 1)``.
+
+    Raises:
+        SettingError: for an unknown head, a size below 16, or images of another size than that of a dense head.
+
+    Example:
+        >>> SRGANDiscriminator(features=8)(torch.rand(2, 3, 32, 40)).shape
+        torch.Size([2, 1])
+
+    Reference:
+        doi:10.1109/CVPR.2017.19
+    """
+
+    def __init__(
+        self, channels: int = 3, *, head: str = "pooled", size: int = 96, features: int = 64
+    ) -> None:
+        super().__init__()
+        if head not in ("pooled", "dense"):
+            raise SettingError(f"head must be 'pooled' or 'dense', got '{head}'")
+        if size < 16:
+            raise SettingError(f"size must be at least 16 pixels, got {size}")
+        self.size = int(size) if head == "dense" else None
+        widths = [features * times for times in (1, 1, 2, 2, 4, 4, 8, 8)]
+        self.body = nn.Sequential(nn.Conv2d(channels, features, 3, padding=1), nn.LeakyReLU(_SLOPE, True))
+        for index, (before, after) in enumerate(pairwise(widths)):
+            self.body.append(nn.Conv2d(before, after, 3, stride=2 - index % 2, padding=1))
+            self.body.append(nn.BatchNorm2d(after))
+            self.body.append(nn.LeakyReLU(_SLOPE, True))
+        # Four strides: what is left of an odd size is rounded up each time.
+        seen = widths[-1] * (1 if self.size is None else (-(-self.size // 16)) ** 2)
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1) if self.size is None else nn.Identity(),
+            nn.Flatten(),
+            nn.Linear(seen, 16 * features),
+            nn.LeakyReLU(_SLOPE, True),
+            nn.Linear(16 * features, 1),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits, one per image; larger is more likely true."""
+        if self.size is not None and tuple(image.shape[-2:]) != (self.size, self.size):
+            raise SettingError(
+                f"the dense head judges images of {self.size} x {self.size} pixels, got {image.shape[-2]} x "
+                f"{image.shape[-1]}: set size, or use head='pooled'"
+            )
+        return self.head(self.body(image))

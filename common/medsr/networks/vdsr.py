@@ -1,0 +1,85 @@
+"""VDSR: a deep residual on the bicubic enlargement, the classic single-image super-resolution network.
+
+Papers:
+    VDSR: CVPR 2016, arXiv 1511.04587, doi:10.1109/CVPR.2016.182.
+    Initialisation: He et al., arXiv 1502.01852.
+Code: written from the papers. Weights: see the bundle's ``models/README.md``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from medsr.errors import SettingError
+from medsr.networks.interpolation import BicubicUpsample
+
+__all__ = ["VDSR"]
+
+
+class VDSR(nn.Module):
+    """Adds to the bicubic enlargement of an image what twenty convolutions on the fine grid find missing.
+
+    All convolutions are 3 x 3 with zero padding and, but for the last, a ReLU. The enlargement is part of the
+    network: input is the coarse image. It has no weights, so one state dict serves every scale, and a network that
+    was trained on several scales can be loaded at each of them. Weights start as in the paper, from a normal
+    distribution that keeps the variance before a ReLU.
+
+    Everything runs on the fine grid, which makes it costly: 667,000 multiplications per pixel of the result, and 512
+    bytes of features. MONAI has no such network, and its ``UpSample`` another bicubic kernel.
+
+    Args:
+        scale: enlargement, a whole number of at least 2.
+        channels: channels of image and result, 1 (grey) or 3 (red, green, blue).
+        bias: whether the convolutions have a bias; the published size is that without.
+        layers: number of convolutions.
+        features: width of the network.
+
+    Shape:
+        ``(B, channels, H, W)``, intensities in [0, 1], to ``(B, channels, scale * H, scale * W)``; any size. Nothing
+        is clamped.
+
+    Raises:
+        SettingError: for a scale that is no whole number of at least 2, or fewer than two layers.
+
+    Example:
+        >>> import torch
+        >>> net = VDSR(scale=3, channels=1, layers=4, features=8)
+        >>> net(torch.rand(1, 1, 10, 7)).shape
+        torch.Size([1, 1, 30, 21])
+        >>> net.exact_halo
+        3
+
+    Reference:
+        doi:10.1109/CVPR.2016.182
+    """
+
+    size_multiple = 1
+
+    half_precision_safe = True
+    """bfloat16 touches the residual only; the enlargement and the sum stay in float32. float16 is not tested."""
+
+    def __init__(
+        self, scale: int = 4, channels: int = 3, *, bias: bool = False, layers: int = 20, features: int = 64
+    ) -> None:
+        super().__init__()
+        if layers < 2:
+            raise SettingError(f"layers must be at least 2, got {layers}")
+        self.upsample = BicubicUpsample(scale)
+        self.scale, self.in_channels = self.upsample.scale, int(channels)
+        # One pixel of the fine grid per convolution.
+        self.exact_halo = self.upsample.halo(layers)
+        self.body = nn.Sequential()
+        for layer in range(layers - 1):
+            self.body.append(nn.Conv2d(features if layer else channels, features, 3, padding=1, bias=bias))
+            self.body.append(nn.ReLU(inplace=True))
+        self.body.append(nn.Conv2d(features, channels, 3, padding=1, bias=bias))
+        for module in self.body:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=(2 / (9 * features)) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Enlarge an image."""
+        enlarged = self.upsample(image)
+        return enlarged + self.body(enlarged.to(image.dtype))
