@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from medsr.errors import SettingError
+from medsr.networks.interpolation import BicubicUpsample
 
 __all__ = ["FusionDiscriminator", "ImprovedSE", "SEGenerator"]
 
@@ -79,9 +80,9 @@ class SEGenerator(nn.Module):
     """Enlarges an image 2, 4, 8 or 16 times by a gated residual network.
 
     A head, residual blocks without normalisation (3 x 3 convolution, ReLU, 3 x 3 convolution, gate), a skip around
-    them, and one sub-pixel convolution with a gate per doubling. Nothing is clamped and no interpolation is added:
-    this is the published form. The convolution after the residual blocks is EDSR's; the publication does not show
-    it.
+    them, and one sub-pixel convolution with a gate per doubling. Nothing is clamped, and by default no interpolation
+    is added: this is the published form. The convolution after the residual blocks is EDSR's; the publication does
+    not show it.
 
     The gates look at the whole image, so no halo makes tiles equal to it. :meth:`squeeze` measures what the gates
     of a tile would see and ``forward`` takes it as ``statistics``: with those of the whole image, tiles with a halo
@@ -98,6 +99,8 @@ class SEGenerator(nn.Module):
         blocks: number of residual blocks.
         reduction: see :class:`ImprovedSE`.
         body_tail: whether a convolution follows the residual blocks.
+        image_skip: add the bicubic enlargement of the image, and start as that. Without, as published, thousands of
+            iterations go into learning to interpolate before anything is gained.
 
     Shape:
         ``(B, channels, H, W)``, intensities in [0, 1], to ``(B, channels, scale * H, scale * W)``; any size.
@@ -134,6 +137,7 @@ class SEGenerator(nn.Module):
         blocks: int = 16,
         reduction: int = 16,
         body_tail: bool = True,
+        image_skip: bool = False,
     ) -> None:
         super().__init__()
         doublings = int(scale).bit_length() - 1
@@ -150,6 +154,10 @@ class SEGenerator(nn.Module):
         self.doublings = nn.ModuleList(_Doubling(features, reduction) for _ in range(doublings))
         # PyTorch's initialisation starts near zero as it is; a weaker start here made training no faster.
         self.out = nn.Conv2d(features, channels, 3, padding=1)
+        self.image_skip = BicubicUpsample(self.scale) if image_skip else None
+        if image_skip:
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, image: Tensor, statistics: Sequence[Tensor] | None = None) -> Tensor:
         """Enlarge an image.
@@ -164,7 +172,8 @@ class SEGenerator(nn.Module):
         else:
             given = iter(self._checked(statistics, len(image)))
             features = self._features(image, lambda _: next(given))
-        return self._image(features)
+        result = self._image(features)
+        return result if self.image_skip is None else result + self.image_skip(image)
 
     def squeeze(
         self,

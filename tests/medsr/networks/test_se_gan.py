@@ -10,6 +10,7 @@ from medsr.errors import SettingError
 from medsr.networks import se_gan
 from medsr.networks.layout import channels_last
 from medsr.networks.se_gan import FusionDiscriminator, ImprovedSE, SEGenerator
+from medsr.resampling import antialiased_bicubic_matrix
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +23,8 @@ def tiny(scale: int = 4, **settings: Any) -> SEGenerator:
 def trained(network: SEGenerator) -> SEGenerator:
     """As after some training, in float64: gates that differ between regions, and every pixel in sight matters."""
     with torch.no_grad():
+        if network.image_skip is not None:
+            nn.init.normal_(network.out.weight, std=0.1)
         for name, parameter in network.named_parameters():
             parameter.mul_(6.0 if ".expand." in name or ".reduce." in name else 2.0)
     return network.double()
@@ -129,6 +132,17 @@ def test_the_result_is_scale_times_as_large(scale, channels, size):
 def test_a_scale_that_is_no_power_of_two_is_refused(scale):
     with pytest.raises(SettingError, match=rf"power of two.* got {scale}$"):
         tiny(scale)
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@torch.inference_mode()
+def test_with_the_image_skip_a_network_starts_as_bicubic_interpolation(scale):
+    image, network = picture(), tiny(scale, image_skip=True)
+    matrices = (torch.from_numpy(antialiased_bicubic_matrix(n, n * scale)).float() for n in image.shape[-2:])
+    rows, columns = matrices
+    assert torch.allclose(network(image), rows @ image @ columns.T, atol=1e-6)
+    assert parameters_of(SEGenerator, image_skip=True) == parameters_of(SEGenerator)
+    assert set(network.state_dict()) == set(tiny(scale).state_dict())
 
 
 @torch.inference_mode()
@@ -260,10 +274,11 @@ def test_the_halo_is_the_radius_of_what_a_pixel_sees(settings, halo):
     assert network.exact_halo is None
 
 
+@pytest.mark.parametrize("image_skip", [False, True])
 @pytest.mark.parametrize("scale", [2, 4, 8])
 @torch.inference_mode()
-def test_a_tile_with_the_statistics_and_the_halo_is_exact(scale):
-    network, image = trained(tiny(scale)), picture(30, 26).double()
+def test_a_tile_with_the_statistics_and_the_halo_is_exact(scale, image_skip):
+    network, image = trained(tiny(scale, image_skip=image_skip)), picture(30, 26).double()
     statistics, whole = network.squeeze(image), network(image)
     core = (slice(11, 19), slice(10, 16))
     expected = whole[..., 11 * scale : 19 * scale, 10 * scale : 16 * scale]
