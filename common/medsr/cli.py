@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ _START_UP_LOGGERS = {
     "monai.data.nvimgcodec_pydicom_plugin": logging.ERROR,
 }
 _QUIET_LOGGERS = {"": logging.ERROR, "ignite": logging.CRITICAL}
+
+# Where the function is that reads such a checkpoint. By name, because networks import torch, which takes seconds.
+_CONVERTERS = {
+    "flavr": ("medsr.networks.slice_sr", "convert_flavr"),
+    "fmen": ("medsr.networks.fmen", "convert_fmen"),
+}
 
 # What a DataLoader's worker process sends of an error is the text of its traceback.
 _OURS = re.compile(r"^medsr\.errors\.(\w+): (.+)$", re.MULTILINE)
@@ -115,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(action=_run)
 
     convert = commands.add_parser("convert", parents=[common], help="adapt weights published elsewhere")
-    convert.add_argument("kind", choices=["flavr"], help="what the weights were made for")
+    convert.add_argument("kind", choices=_CONVERTERS, help="what the weights were made for")
     convert.add_argument("file", metavar="FILE", type=Path)
     convert.add_argument(
         "-o", "--output", metavar="OUT", type=Path, required=True, help="weight file to write"
@@ -175,9 +182,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     with _hushed(quiet=True, verbose=arguments.verbose):
         import torch
 
-        from medsr.networks.slice_sr import convert_flavr
-
-        state = convert_flavr(arguments.file)
+        module, function = _CONVERTERS[arguments.kind]
+        state = getattr(import_module(module), function)(arguments.file)
     unfinished = arguments.output.with_name(f".{arguments.output.name}.partial")
     try:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import types
@@ -243,24 +244,55 @@ def test_our_error_is_found_behind_others() -> None:
     assert cli._report(outer, verbose=False) == (3, "model.pt: damaged in two lines")
 
 
+@pytest.mark.parametrize(
+    ("kind", "module", "function"),
+    [
+        ("flavr", "medsr.networks.slice_sr", "convert_flavr"),
+        ("fmen", "medsr.networks.fmen", "convert_fmen"),
+    ],
+)
 def test_convert_writes_weights_whole(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    module: str,
+    function: str,
 ) -> None:
     import torch
 
-    stub = types.ModuleType("medsr.networks.slice_sr")
-    stub.convert_flavr = lambda path: {"weight": torch.ones(2), "source": torch.tensor(path.stat().st_size)}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "medsr.networks.slice_sr", stub)
-    assert cli.main(["convert", "flavr", "scan.nii.gz", "-o", "made/model.pt"]) == 0
+    def read(path: Path) -> dict[str, torch.Tensor]:
+        return {"weight": torch.ones(2), "source": torch.tensor(path.stat().st_size)}
+
+    stub = types.ModuleType(module)
+    setattr(stub, function, read)
+    monkeypatch.setitem(sys.modules, module, stub)
+    assert cli.main(["convert", kind, "scan.nii.gz", "-o", "made/model.pt"]) == 0
     state = torch.load(folder / "made" / "model.pt", weights_only=True)
     assert state["weight"].tolist() == [1.0, 1.0]
     assert [path.name for path in (folder / "made").iterdir()] == ["model.pt"]
     capsys.readouterr()
 
-    assert cli.main(["convert", "flavr", "missing.pth", "-o", "x.pt"]) == 2
+    assert cli.main(["convert", kind, "missing.pth", "-o", "x.pt"]) == 2
     assert "missing.pth" in one_line(capsys)
-    assert cli.main(["convert", "flavr", "scan.nii.gz", "-o", "scan.nii.gz/x.pt"]) == 5
+    assert cli.main(["convert", kind, "scan.nii.gz", "-o", "scan.nii.gz/x.pt"]) == 5
     assert "cannot be written" in one_line(capsys)
+
+
+def test_convert_knows_fmen_by_its_tensors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    torch.save({"params": {"conv_first.weight": torch.ones(2)}}, folder / "other.pth")
+    assert cli.main(["convert", "fmen", "other.pth", "-o", "x.pt"]) == WeightsError.exit_code
+    assert "other.pth: tensor 'head.weight' is missing" in one_line(capsys)
+    assert not (folder / "x.pt").exists()
+
+
+def test_convert_of_an_unknown_kind_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["convert", "vdsr", "model.pt", "-o", "x.pt"])
+    assert caught.value.code == 2
+    assert re.search(r"'?flavr'?, '?fmen'?", capsys.readouterr().err)
 
 
 def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:

@@ -1,0 +1,410 @@
+"""Fast super-resolution of images by a plain chain of convolutions, trained as a richer network that is merged.
+
+Papers:
+    FMEN, fast and memory-efficient network: arXiv 2204.08397, CVPR Workshops (NTIRE) 2022.
+    Collapsible linear blocks, merged in every training step already: arXiv 2103.09404.
+Code: written from the papers. Weights: see the bundle's ``models/README.md``; the authors' file is read by
+:func:`convert_fmen`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medsr.errors import SettingError, WeightsError
+
+__all__ = ["FMEN", "convert_fmen"]
+
+_SLOPE = 0.1
+"""Negative slope of the leaky ReLUs."""
+
+_NARROWER = 4
+"""So many channels fewer than the other attention blocks has the one that warms up."""
+
+_GREY_LEVELS = 255.0
+"""The authors' networks take and return grey levels of 8 bits."""
+
+_Kernel = tuple[Tensor, Tensor]
+"""Weight and bias of a 3 x 3 convolution with a border of zeros."""
+
+
+class FMEN(nn.Module):
+    """Enlarges an image by a chain of 3 x 3 convolutions in which maps of attention scale the features.
+
+    A head, the body, a skip around the body and one sub-pixel convolution. The body is a convolution and an attention
+    block, then ``down_blocks`` pairs of a residual and an attention block, then a convolution. Nothing is clamped, no
+    mean is subtracted and no interpolation is added: this is the published form. It runs at the resolution of the
+    input and keeps few maps at once, which is what makes it fast.
+
+    It is trained with more parameters than it needs. Each convolution of a residual block is three in a row with two
+    skips (1 x 1 to ``expand`` times the channels, 3 x 3, 1 x 1 back), and batch normalisation surrounds those at the
+    ends of the attention. In eval mode all of it is linear between two activations, so :meth:`fuse` merges it into
+    the plain form: 34 convolutions in the default one, equal up to rounding.
+
+    *Borders.* A merged convolution pads the image with zeros. The training form is equal to it at the border too
+    because it pads what it computed inside a block not with zeros but with what a zero pixel would have become there:
+    the bias of the 1 x 1 convolution, or the shift of the batch normalisation. In train mode the shift is that of the
+    running statistics, as published, while the pixels are normalised by those of the batch.
+
+    *Halo.* Every 3 x 3 convolution sees one pixel further and all of them lie in one chain, so as many pixels around
+    a tile make it exact: head 1, first convolution 1, first attention 2 + 2 * 2, four pairs 4 * (2 + 2 + 2), last
+    convolution 1, sub-pixel convolution (before the shuffle) 1, together 34, at every scale. In train mode batch
+    normalisation sees the batch, and no halo is exact.
+
+    MONAI's ``SubpixelUpsample`` averages over a zero-padded border unless told otherwise, its ``ChannelSELayer``
+    weighs whole channels and not places, and it has no blocks that merge.
+
+    Args:
+        scale: enlargement.
+        channels: channels of image and result, 1 (grey) or 3 (red, green, blue).
+        features: width of the network.
+        mid_features: width inside the attention blocks; the first one has 4 less.
+        down_blocks: number of pairs of a residual and an attention block.
+        up_blocks: residual blocks inside each attention block, ``down_blocks + 1`` numbers.
+        expand: how many times more channels the training form has inside a convolution of a residual block.
+        fused: build the plain form, for weights that were merged. ``expand`` and ``collapsed`` mean nothing then.
+        collapsed: in the training form, merge the three convolutions of a residual block in every step instead of
+            running one after the other. Function and gradients are the same up to rounding, a step takes less than
+            half the time.
+        half_precision_safe: whether the weights that will be loaded bear bfloat16, which the network cannot know. No
+            by default: features of the authors' weights reach 2e7, which float16 cannot hold, and bfloat16 changes
+            their result by up to 7.7 grey levels. Weights trained on [0, 1] are another matter, to be measured.
+
+    Shape:
+        ``(B, channels, H, W)``, intensities in [0, 1], to ``(B, channels, scale * H, scale * W)``, float32 at least;
+        any size.
+
+    Raises:
+        SettingError: for a scale, a width or a number of blocks that makes no network.
+
+    Example:
+        >>> net = FMEN(scale=4, features=8, mid_features=6, down_blocks=1, up_blocks=(1, 1)).eval()
+        >>> image = torch.rand(1, 3, 10, 7)
+        >>> net(image).shape
+        torch.Size([1, 3, 40, 28])
+        >>> torch.allclose(net.fuse()(image), net(image), atol=1e-5)
+        True
+        >>> sum(p.numel() for p in FMEN(fused=True).parameters())
+        341066
+
+    Reference:
+        doi:10.48550/arXiv.2204.08397; doi:10.48550/arXiv.2103.09404
+    """
+
+    size_multiple = 1
+
+    def __init__(
+        self,
+        scale: int = 4,
+        channels: int = 3,
+        *,
+        features: int = 50,
+        mid_features: int = 16,
+        down_blocks: int = 4,
+        up_blocks: Sequence[int] = (2, 1, 1, 1, 1),
+        expand: int = 2,
+        fused: bool = False,
+        collapsed: bool = False,
+        half_precision_safe: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(scale, channels, features, expand) < 1 or mid_features <= _NARROWER:
+            raise SettingError(
+                f"scale, channels, features and expand must be at least 1 and mid_features at least {_NARROWER + 1}, "
+                f"got {scale}, {channels}, {features}, {expand} and {mid_features}"
+            )
+        if len(up_blocks) != down_blocks + 1 or min(up_blocks, default=0) < 1:
+            raise SettingError(
+                f"up_blocks must hold down_blocks + 1 = {down_blocks + 1} numbers >= 1, got {list(up_blocks)}"
+            )
+        self.scale, self.in_channels, self.fused = int(scale), int(channels), bool(fused)
+        self.half_precision_safe = bool(half_precision_safe)
+        self.exact_halo = 1 + 1 + 2 * down_blocks + sum(2 + 2 * count for count in up_blocks) + 1 + 1
+
+        form = {"expand": expand, "fused": fused, "collapsed": collapsed}
+        body = [_conv(features, features), _HFAB(features, mid_features - _NARROWER, up_blocks[0], **form)]
+        for count in up_blocks[1:]:
+            body += [_ERB(features, **form), _HFAB(features, mid_features, count, **form)]
+        self.head = _conv(channels, features)
+        self.body = nn.Sequential(*body, _conv(features, features))
+        self.tail = _conv(features, channels * self.scale**2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Enlarge an image."""
+        head = self.head(image)
+        features = self.body(head).add_(head)
+        # In bfloat16 the rounding of the result alone would be up to half a grey level.
+        exact = torch.promote_types(features.dtype, torch.float32)
+        weight, bias = self.tail.weight.to(exact), self.tail.bias.to(exact)
+        with _without_autocast(features):
+            return F.pixel_shuffle(F.conv2d(features.to(exact), weight, bias, padding=1), self.scale)
+
+    def fuse(self) -> FMEN:
+        """The plain form with merged weights, in eval mode; this network stays as it is.
+
+        Weights are multiplied in float64, so that nothing but the last rounding is lost.
+        """
+        like = self.head.weight
+        plain = deepcopy(self).cpu().double()
+        with torch.no_grad():
+            for module in list(plain.modules()):
+                for name, child in list(module.named_children()):
+                    if isinstance(child, (_RRRB, _NormedConv)):
+                        setattr(module, name, _conv_of(*child.kernel()))
+        plain.fused = True
+        return plain.to(like.device, like.dtype).eval()
+
+
+class _RRRB(nn.Module):
+    """Residual in residual reparameterisable block: three convolutions in a row with two skips, for one 3 x 3."""
+
+    def __init__(self, features: int, expand: int, collapsed: bool) -> None:
+        super().__init__()
+        self.collapsed = collapsed
+        self.expand = nn.Conv2d(features, expand * features, 1)
+        self.conv = _conv(expand * features, expand * features)
+        self.reduce = nn.Conv2d(expand * features, features, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.collapsed:
+            # Kernels in half precision would be rounded twice.
+            with _without_autocast(x):
+                weight, bias = self.kernel()
+            return F.conv2d(x, weight, bias, padding=1)
+        hidden = self.expand(x)
+        return self.reduce(_in_border(hidden, self.conv, self.expand.bias).add_(hidden)).add_(x)
+
+    def kernel(self) -> _Kernel:
+        expand, conv, reduce = self.expand.weight[..., 0, 0], self.conv.weight, self.reduce.weight[..., 0, 0]
+        middle = conv + _dirac(conv)
+        weight = torch.einsum("om,mnhw,ni->oihw", reduce, middle, expand)
+        bias = middle.sum((2, 3)) @ self.expand.bias + self.conv.bias
+        return weight + _dirac(weight), reduce @ bias + self.reduce.bias
+
+
+class _NormedConv(nn.Module):
+    """3 x 3 convolution with batch normalisation before and, if asked for, after it."""
+
+    def __init__(self, inputs: int, outputs: int, *, after: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(inputs)
+        self.conv = _conv(inputs, outputs)
+        self.after = nn.BatchNorm2d(outputs) if after else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        _, shift = _scale_and_shift(self.norm)
+        x = _in_border(x, self.conv, shift)
+        return x if self.after is None else self.after(x)
+
+    def kernel(self) -> _Kernel:
+        scale, shift = _scale_and_shift(self.norm)
+        weight = self.conv.weight * scale[:, None, None]
+        bias = self.conv.bias + self.conv.weight.sum((2, 3)) @ shift
+        if self.after is not None:
+            scale, shift = _scale_and_shift(self.after)
+            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+        return weight, bias
+
+
+class _ERB(nn.Module):
+    """Enhanced residual block: two convolutions with a leaky ReLU between; its residuals are inside them."""
+
+    def __init__(self, features: int, *, expand: int, fused: bool, collapsed: bool) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (
+            _conv(features, features) if fused else _RRRB(features, expand, collapsed) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(F.leaky_relu_(self.conv1(x), _SLOPE))
+
+
+class _HFAB(nn.Module):
+    """High-frequency attention block: each value is scaled by a number in (0, 1) found from its surroundings."""
+
+    def __init__(self, features: int, mid: int, count: int, *, fused: bool, **form: Any) -> None:
+        super().__init__()
+        self.squeeze = _conv(features, mid) if fused else _NormedConv(features, mid)
+        self.erbs = nn.Sequential(*(_ERB(mid, fused=fused, **form) for _ in range(count)))
+        self.excite = _conv(mid, features) if fused else _NormedConv(mid, features, after=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = F.leaky_relu_(self.squeeze(x), _SLOPE)
+        attention = F.leaky_relu_(self.erbs(attention), _SLOPE)
+        attention = self.excite(attention).sigmoid_()
+        # A gradient would need the attention as it is; without one, new memory would cost more than the product.
+        return x * attention if torch.is_grad_enabled() else attention.mul_(x)
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def _conv_of(weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    # Values follow: without this, making the convolution would draw random numbers.
+    with torch.device("meta"):
+        conv = _conv(weight.shape[1], weight.shape[0])
+    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return conv
+
+
+def _in_border(x: Tensor, conv: nn.Conv2d, border: Tensor) -> Tensor:
+    """Convolve where ``border``, one value per channel, surrounds the image.
+
+    A convolution is linear: it is that of ``x - border`` within zeros, plus that of ``border`` everywhere.
+    """
+    bias = conv.bias + (conv.weight.sum((2, 3)) * border).sum(1)
+    return F.conv2d(x - border[:, None, None], conv.weight, bias, padding=1)
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What batch normalisation in eval mode multiplies by and adds."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    # A copy, because the next training step changes the statistics while a gradient may still need these.
+    return scale, norm.bias - norm.running_mean.clone() * scale
+
+
+def _dirac(weight: Tensor) -> Tensor:
+    """The 3 x 3 kernels that change nothing, for as many channels as those of ``weight``."""
+    return F.pad(
+        torch.eye(len(weight), dtype=weight.dtype, device=weight.device)[..., None, None], (1, 1, 1, 1)
+    )
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    # Where autocast is off already, the context would only burden an exported graph.
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def convert_fmen(path: str | Path) -> OrderedDict[str, Tensor]:
+    """Turn a public FMEN checkpoint into weights of ``FMEN(scale, channels, fused=True)`` for images in [0, 1].
+
+    The authors' networks take and return values from 0 to 255. The first convolution is multiplied by 255 and the
+    last one divided by it, its bias as well, so that the network becomes ``original(255 x) / 255``; everything
+    between stays as it was, activations of 255 times the usual size included. Scale and channels are those of the
+    file, the sizes between are the published ones. Both forms are read: the plain one, and the training form, which
+    is merged.
+
+    Args:
+        path: the checkpoint file that the user has; a state dict, or a dict that holds it as ``params_ema``,
+            ``params``, ``state_dict`` or ``model``.
+
+    Returns:
+        tensors for ``load_state_dict``.
+
+    Raises:
+        WeightsError: if the file cannot be read safely, or a tensor is missing, unknown or of another shape.
+
+    Reference:
+        doi:10.48550/arXiv.2204.08397
+    """
+    file = Path(path)
+    state = _loaded(file)
+    layout = _scale_and_channels(file, state)
+    fused = not any(".expand_conv." in name for name in state)
+    with torch.device("meta"):
+        network = FMEN(*layout, fused=fused)
+    targets = network.state_dict()
+    names = {_published_name(name): name for name in targets}
+    converted: OrderedDict[str, Tensor] = OrderedDict()
+    for name, value in state.items():
+        ours = names.get(name)
+        if ours is None:
+            raise WeightsError(f"{file.name}: unexpected tensor '{name}': not a public FMEN checkpoint")
+        if targets[ours].shape != value.shape:
+            raise WeightsError(
+                f"{file.name}: tensor '{name}' has shape {tuple(value.shape)}, expected {tuple(targets[ours].shape)}"
+            )
+        converted[ours] = value.to(targets[ours].dtype)
+    missing = [name for name, ours in names.items() if ours not in converted]
+    if missing:
+        raise WeightsError(f"{file.name}: {len(missing)} tensors are missing, the first is '{missing[0]}'")
+    network.load_state_dict(converted, assign=True)
+    merged = network.fuse().state_dict()
+    merged["head.weight"] *= _GREY_LEVELS
+    merged["tail.weight"] /= _GREY_LEVELS
+    merged["tail.bias"] /= _GREY_LEVELS
+    return merged
+
+
+def _loaded(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their names."""
+    try:
+        found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(f"{file.name}: cannot be read as plain weights ({type(error).__name__})") from None
+    for key in ("params_ema", "params", "state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping):
+        raise WeightsError(f"{file.name}: holds no state dict")
+    strange = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise WeightsError(f"{file.name}: '{strange[0]}' is no tensor: not a public FMEN checkpoint")
+    return {str(name).removeprefix("module."): value for name, value in found.items()}
+
+
+def _scale_and_channels(file: Path, state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """What the shapes of the first and the last convolution say."""
+    for name in ("head.weight", "tail.0.weight"):
+        if name not in state:
+            raise WeightsError(f"{file.name}: tensor '{name}' is missing: not a public FMEN checkpoint")
+    head, tail = state["head.weight"].shape, state["tail.0.weight"].shape
+    if len(head) == len(tail) == 4 and head[1] > 0:
+        scale = isqrt(tail[0] // head[1])
+        if scale > 0 and tail[0] == head[1] * scale**2:
+            return scale, head[1]
+    raise WeightsError(
+        f"{file.name}: convolutions 'head' {tuple(head)} and 'tail.0' {tuple(tail)} fit no enlargement"
+    )
+
+
+def _published_name(name: str) -> str:
+    """The authors' name of one of our tensors."""
+    first, _, rest = name.partition(".")
+    if first == "body":
+        stage, _, rest = rest.partition(".")
+        first = _PUBLISHED_STAGES[int(stage)]
+    name = f"{'tail.0' if first == 'tail' else first}.{rest}"
+    for ours, theirs in _PUBLISHED_PARTS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+_PUBLISHED_STAGES = (
+    *("warmup.0", "warmup.1"),
+    *(f"{kind}.{pair}" for pair in range(4) for kind in ("ERBs", "HFABs")),
+    "lr_conv",
+)
+"""Names of the parts of the body."""
+
+_PUBLISHED_PARTS = (
+    (".erbs.", ".convs."),
+    (".squeeze.norm.", ".bn1."),
+    (".squeeze.conv.", ".squeeze."),
+    (".excite.norm.", ".bn2."),
+    (".excite.conv.", ".excitate."),
+    (".excite.after.", ".bn3."),
+    (".excite.", ".excitate."),
+    (".expand.", ".expand_conv."),
+    (".conv.", ".fea_conv."),
+    (".reduce.", ".reduce_conv."),
+    *(
+        (f".conv{place}.{what}", f".conv{place}.rep_conv.{what}")
+        for place in (1, 2)
+        for what in ("weight", "bias")
+    ),
+)
+"""What inside the blocks is named differently; earlier ones first."""
