@@ -7,15 +7,11 @@ decibels say that everything works and little about your data; ``docs/results.md
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 import warnings
-from pathlib import Path
 
 import numpy as np
+from bundle_command import ROOT, run_bundle
 
-ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "demo"
 RESULTS = (
     "mni152_4mm_superres.nii.gz",
@@ -23,7 +19,6 @@ RESULTS = (
     "mni152_4mm_qc.png",
     "report.json",
 )
-CONFIG = ROOT / "bundles" / "mri_rehrseg_superres" / "configs" / "inference.json"
 
 
 def main() -> None:
@@ -53,15 +48,7 @@ def main() -> None:
 
     for name in RESULTS:
         (OUTPUT / name).unlink(missing_ok=True)
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIG)]
-    command += ["--dataset_dir", str(folder), "--output_dir", str(OUTPUT)]
-    print(
-        "running:",
-        " ".join(["python", *command[1:4], *(str(c).replace(f"{ROOT}/", "") for c in command[4:])]),
-    )
-    since = time.monotonic()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    seconds = time.monotonic() - since
+    seconds = run_bundle("mri_rehrseg_superres", folder, OUTPUT)
 
     found, header = read_nifti(OUTPUT / "mni152_4mm_superres.nii.gz")
     cubic = ResampleThroughPlaned("image", 1.0)({"image": thick})["image"]
