@@ -6,18 +6,17 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from medsr.engines.case_evaluator import one_line
-from medsr.errors import MedsrError, SettingError
+from medsr.engines.case_comparison import CaseComparison
+from medsr.errors import SettingError
 from medsr.inferers.image_superres import ImageSuperResInferer
 from medsr.io.images import read_image
-from medsr.io.writing import write_json
 from medsr.metrics.image import ImageProtocol, mean_score, psnr
 from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
 from medsr.transforms.field_of_view import field_of_view
@@ -32,7 +31,7 @@ DEFAULT_PROTOCOLS = (ImageProtocol(mask="fov"), ImageProtocol(), ImageProtocol(c
 DEGRADATION = "MATLAB-style antialiased bicubic, rounded to 8 bits at the end"
 
 
-class ImageComparison:
+class ImageComparison(CaseComparison):
     """Degrades images, restores them by interpolation and by networks, and scores all of them alike.
 
     Args:
@@ -52,6 +51,9 @@ class ImageComparison:
         []
     """
 
+    header: ClassVar[Mapping[str, str]] = {"degradation": DEGRADATION}
+    what = "images"
+
     def __init__(
         self,
         cases: Sequence[Mapping[str, str]],
@@ -64,37 +66,13 @@ class ImageComparison:
         output: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__(cases, output)
         wrong = [name for name, network in networks.items() if network.scale != scale]
         if wrong:
             raise SettingError(f"'{wrong[0]}' is a network for x{networks[wrong[0]].scale}, not for x{scale}")
-        self.cases, self.networks, self.scale = list(cases), dict(networks), int(scale)
+        self.networks, self.scale = dict(networks), int(scale)
         self.protocols, self.enlarge_to = list(protocols), enlarge_to
-        self.inferer, self.output, self.device = dict(inferer or {}), output, torch.device(device)
-        self.rows: list[dict[str, Any]] = []
-        self.left_out: dict[str, str] = {}
-
-    def run(self) -> list[dict[str, Any]]:
-        """Compare, log and write the table; return one row per image, method and protocol."""
-        self.rows, self.left_out = [], {}
-        for case in self.cases:
-            try:
-                self.rows += self._compare(case)
-            except Exception as error:
-                self.left_out[case["case"]] = one_line(error)
-                _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
-                continue
-            if self.output:
-                content = {"degradation": DEGRADATION, "rows": self.rows, "left_out": self.left_out}
-                write_json(self.output, content)
-        if self.rows:
-            _log.info("\n%s", image_table(self.rows))
-        return self.rows
-
-    def finish(self) -> None:
-        """End the process with a non-zero status if an image was left out."""
-        if self.left_out:
-            _log.error("%d of %d images left out", len(self.left_out), len(self.cases))
-            raise SystemExit(MedsrError.exit_code)
+        self.inferer, self.device = dict(inferer or {}), torch.device(device)
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
         sharp = torch.from_numpy(read_image(case["image"]).values)
@@ -130,6 +108,9 @@ class ImageComparison:
                     }
                 )
         return rows
+
+    def _table(self) -> str:
+        return image_table(self.rows)
 
 
 def lanczos_resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,12 +13,11 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import nn
 
-from medsr.engines.case_evaluator import one_line
-from medsr.errors import MedsrError, SettingError
+from medsr.engines.case_comparison import CaseComparison
+from medsr.errors import SettingError
 from medsr.geometry import spacing_of
 from medsr.inferers.thick_segmentation import ThickSegmentationInferer
 from medsr.io.loading import LoadVolumed
-from medsr.io.writing import write_json
 from medsr.metrics.segmentation import dice, segmentation_scores
 from medsr.transforms.intensity import PercentileToUnitd
 from medsr.transforms.label_interpolation import signed_distance_interpolation
@@ -36,7 +35,7 @@ PROTOCOL = (
 )
 
 
-class MaskComparison:
+class MaskComparison(CaseComparison):
     """Segments simulated thick slices with several networks and reads each in every way, on the same slices.
 
     A network's thick mask is brought to the fine grid by repeating it (``nearest``) and by shape-based interpolation
@@ -59,6 +58,8 @@ class MaskComparison:
         []
     """
 
+    header: ClassVar[Mapping[str, str]] = {"protocol": PROTOCOL}
+
     def __init__(
         self,
         cases: Sequence[Mapping[str, str]],
@@ -72,14 +73,13 @@ class MaskComparison:
         output: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.cases, self.networks = list(cases), dict(networks)
+        super().__init__(cases, output)
+        self.networks = dict(networks)
         self.classes = dict(classes or {"foreground": [1]})
         self.parameters = ThickSliceParameters(
             float(ratio), (float(ratio) - float(gap)) / float(ratio), profile
         )
-        self.inferer, self.output, self.device = dict(inferer or {}), output, torch.device(device)
-        self.rows: list[dict[str, Any]] = []
-        self.left_out: dict[str, str] = {}
+        self.inferer, self.device = dict(inferer or {}), torch.device(device)
         self._load = Compose(
             [
                 LoadVolumed(keys="image"),
@@ -89,29 +89,6 @@ class MaskComparison:
                 PercentileToUnitd("image"),
             ]
         )
-
-    def run(self) -> list[dict[str, Any]]:
-        """Compare, log and write the table; return one row per case, class and method."""
-        self.rows, self.left_out = [], {}
-        for case in self.cases:
-            try:
-                self.rows += self._compare(case)
-            except Exception as error:
-                self.left_out[case["case"]] = one_line(error)
-                _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
-                continue
-            if self.output:
-                content = {"protocol": PROTOCOL, "rows": self.rows, "left_out": self.left_out}
-                write_json(self.output, content)
-        if self.rows:
-            _log.info("\n%s", mask_table(self.rows))
-        return self.rows
-
-    def finish(self) -> None:
-        """End the process with a non-zero status if a case was left out."""
-        if self.left_out:
-            _log.error("%d of %d cases left out", len(self.left_out), len(self.cases))
-            raise SystemExit(MedsrError.exit_code)
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
         item = self._load(dict(case))
@@ -157,6 +134,9 @@ class MaskComparison:
                     }
                     rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
         return rows
+
+    def _table(self) -> str:
+        return mask_table(self.rows)
 
 
 def _readings(mask: np.ndarray, ratio: float, spacing_mm: np.ndarray) -> dict[str, np.ndarray]:

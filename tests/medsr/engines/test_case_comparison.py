@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+from medsr.engines.case_comparison import CaseComparison
+from medsr.errors import DataError
+
+
+class Lengths(CaseComparison):
+    header: ClassVar[Mapping[str, str]] = {"protocol": "length"}
+    what = "words"
+
+    def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
+        if case["case"] == "bad":
+            raise DataError("bad: not a word; spell it")
+        return [{"case": case["case"], "length": len(case["case"])}]
+
+    def _table(self) -> str:
+        return f"{len(self.rows)} rows"
+
+
+def test_a_bad_case_is_left_out_and_the_others_are_written(tmp_path, caplog):
+    comparison = Lengths([{"case": name} for name in ("one", "bad", "three")], tmp_path / "rows.json")
+    with caplog.at_level(logging.INFO):
+        rows = comparison.run()
+    assert [row["length"] for row in rows] == [3, 5]
+    assert json.loads((tmp_path / "rows.json").read_text()) == {
+        "protocol": "length",
+        "rows": rows,
+        "left_out": {"bad": "bad: not a word; spell it"},
+    }
+    assert "2 rows" in caplog.text
+    with pytest.raises(SystemExit) as stop:
+        comparison.finish()
+    assert stop.value.code != 0
+    assert "1 of 3 words left out" in caplog.text
+
+
+def test_a_second_run_starts_anew_and_a_clean_one_ends_well():
+    comparison = Lengths([{"case": "one"}])
+    assert comparison.run() == comparison.run()
+    assert len(comparison.rows) == 1
+    comparison.finish()
