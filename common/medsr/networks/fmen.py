@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from math import isqrt
 from pathlib import Path
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import SettingError, WeightsError
+from medsr.networks.blocks import convolve_exactly, without_autocast
+from medsr.networks.checkpoints import load_checkpoint, rename_tensors
 
 __all__ = ["FMEN", "convert_fmen"]
 
@@ -143,11 +144,7 @@ class FMEN(nn.Module):
         """Enlarge an image."""
         head = self.head(image)
         features = self.body(head).add_(head)
-        # In bfloat16 the rounding of the result alone would be up to half a grey level.
-        exact = torch.promote_types(features.dtype, torch.float32)
-        weight, bias = self.tail.weight.to(exact), self.tail.bias.to(exact)
-        with _without_autocast(features):
-            return F.pixel_shuffle(F.conv2d(features.to(exact), weight, bias, padding=1), self.scale)
+        return F.pixel_shuffle(convolve_exactly(self.tail, features), self.scale)
 
     def fuse(self) -> FMEN:
         """The plain form with merged weights, in eval mode; this network stays as it is.
@@ -178,7 +175,7 @@ class _RRRB(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.collapsed:
             # Kernels in half precision would be rounded twice.
-            with _without_autocast(x):
+            with without_autocast(x):
                 weight, bias = self.kernel()
             return F.conv2d(x, weight, bias, padding=1)
         hidden = self.expand(x)
@@ -282,12 +279,6 @@ def _dirac(weight: Tensor) -> Tensor:
     )
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    # Where autocast is off already, the context would only burden an exported graph.
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
 def convert_fmen(path: str | Path) -> OrderedDict[str, Tensor]:
     """Turn a public FMEN checkpoint into weights of ``FMEN(scale, channels, fused=True)`` for images in [0, 1].
 
@@ -311,49 +302,20 @@ def convert_fmen(path: str | Path) -> OrderedDict[str, Tensor]:
         doi:10.48550/arXiv.2204.08397
     """
     file = Path(path)
-    state = _loaded(file)
+    state = load_checkpoint(file, kind="a public FMEN checkpoint")
     layout = _scale_and_channels(file, state)
     fused = not any(".expand_conv." in name for name in state)
     with torch.device("meta"):
         network = FMEN(*layout, fused=fused)
     targets = network.state_dict()
     names = {_published_name(name): name for name in targets}
-    converted: OrderedDict[str, Tensor] = OrderedDict()
-    for name, value in state.items():
-        ours = names.get(name)
-        if ours is None:
-            raise WeightsError(f"{file.name}: unexpected tensor '{name}': not a public FMEN checkpoint")
-        if targets[ours].shape != value.shape:
-            raise WeightsError(
-                f"{file.name}: tensor '{name}' has shape {tuple(value.shape)}, expected {tuple(targets[ours].shape)}"
-            )
-        converted[ours] = value.to(targets[ours].dtype)
-    missing = [name for name, ours in names.items() if ours not in converted]
-    if missing:
-        raise WeightsError(f"{file.name}: {len(missing)} tensors are missing, the first is '{missing[0]}'")
+    converted = rename_tensors(state, names, targets, file=file, kind="a public FMEN checkpoint")
     network.load_state_dict(converted, assign=True)
     merged = network.fuse().state_dict()
     merged["head.weight"] *= _GREY_LEVELS
     merged["tail.weight"] /= _GREY_LEVELS
     merged["tail.bias"] /= _GREY_LEVELS
     return merged
-
-
-def _loaded(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their names."""
-    try:
-        found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(f"{file.name}: cannot be read as plain weights ({type(error).__name__})") from None
-    for key in ("params_ema", "params", "state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping):
-        raise WeightsError(f"{file.name}: holds no state dict")
-    strange = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise WeightsError(f"{file.name}: '{strange[0]}' is no tensor: not a public FMEN checkpoint")
-    return {str(name).removeprefix("module."): value for name, value in found.items()}
 
 
 def _scale_and_channels(file: Path, state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -11,7 +11,6 @@ Code: written from the papers. Weights: see the bundle's ``models/README.md``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import TypeVar
 
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from medsr.errors import SettingError
+from medsr.networks.blocks import convolve_exactly
 from medsr.networks.interpolation import BicubicUpsample
 
 __all__ = ["FusionDiscriminator", "ImprovedSE", "SEGenerator"]
@@ -172,7 +172,7 @@ class SEGenerator(nn.Module):
         else:
             given = iter(self._checked(statistics, len(image)))
             features = self._features(image, lambda _: next(given))
-        result = self._image(features)
+        result = convolve_exactly(self.out, features)
         return result if self.image_skip is None else result + self.image_skip(image)
 
     def squeeze(
@@ -224,16 +224,6 @@ class SEGenerator(nn.Module):
         for doubling in self.doublings:
             features = doubling(features, means)
         return features
-
-    def _image(self, features: Tensor) -> Tensor:
-        """Last convolution, in float32 at least: in bfloat16 its rounding alone would be up to half a grey level."""
-        exact = torch.promote_types(features.dtype, torch.float32)
-        weight, bias = self.out.weight.to(exact), self.out.bias.to(exact)
-        kind = features.device.type
-        # Where autocast is off already, the context would only burden an exported graph.
-        off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with off:
-            return F.conv2d(features.to(exact), weight, bias, padding=1)
 
     def _checked(self, statistics: Sequence[Tensor], batch: int) -> Sequence[Tensor]:
         expected = 1 + len(self.blocks) + len(self.doublings)

@@ -11,17 +11,17 @@ Code: written from the papers. Weights: see the bundle's ``models/README.md``.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medsr.errors import SettingError, WeightsError
+from medsr.errors import SettingError
 from medsr.geometry import rescaled_size, slice_positions
+from medsr.networks.checkpoints import load_checkpoint, rename_tensors
 from medsr.networks.plane_prior import PlanePrior, interpolated
 from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
 
@@ -387,34 +387,10 @@ def convert_flavr(path: str | Path) -> OrderedDict[str, Tensor]:
     Raises:
         WeightsError: if the file cannot be read safely, or a tensor is missing, unknown or of another shape.
     """
-    file = Path(path)
-    try:
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(f"{file.name}: cannot be read as plain weights ({type(error).__name__})") from None
-    state: Mapping[str, Tensor] = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {
-        k: v for k, v in state.items() if not k.startswith(("encoder.stem.", "feature_fuse.", "outconv."))
-    }
-    targets = SliceSRNet(width=1.0).state_dict()
-    names = _flavr_names()
-    converted: OrderedDict[str, Tensor] = OrderedDict()
-    for key, value in state.items():
-        name = names.get(key)
-        if name is None:
-            raise WeightsError(
-                f"{file.name}: unexpected tensor '{key}': not a FLAVR checkpoint without batch norm"
-            )
-        if targets[name].shape != value.shape:
-            raise WeightsError(
-                f"{file.name}: tensor '{key}' has shape {tuple(value.shape)}, expected {tuple(targets[name].shape)}"
-            )
-        converted[name] = value
-    missing = sorted(key for key, name in names.items() if name not in converted)
-    if missing:
-        raise WeightsError(f"{file.name}: {len(missing)} tensors are missing, the first is '{missing[0]}'")
-    return converted
+    file, kind = Path(path), "a FLAVR checkpoint without batch norm"
+    dropped = ("encoder.stem.", "feature_fuse.", "outconv.")
+    state = {k: v for k, v in load_checkpoint(file, kind=kind).items() if not k.startswith(dropped)}
+    return rename_tensors(state, _flavr_names(), SliceSRNet(width=1.0).state_dict(), file=file, kind=kind)
 
 
 def _flavr_names() -> dict[str, str]:

@@ -7,14 +7,12 @@ Code: written from the paper. Weights: see the bundle's ``models/README.md``.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from medsr.errors import SettingError
+from medsr.networks.blocks import convolve_exactly
 
 __all__ = ["SRGANDiscriminator", "SRResNet"]
 
@@ -57,6 +55,7 @@ class SRResNet(nn.Module):
         SettingError: for another scale, or an unknown word.
 
     Example:
+        >>> import torch
         >>> net = SRResNet(scale=3, channels=1, blocks=2, features=8).eval()
         >>> net(torch.rand(1, 1, 10, 7)).shape
         torch.Size([1, 1, 30, 21])
@@ -109,18 +108,8 @@ class SRResNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Enlarge an image."""
         head = self.head(image)
-        result = self._image(self.upsample(self.tail(self.blocks(head)) + head))
+        result = convolve_exactly(self.out, self.upsample(self.tail(self.blocks(head)) + head))
         return (result.tanh() + 1) / 2 if self.output == "tanh01" else result
-
-    def _image(self, features: Tensor) -> Tensor:
-        """Last convolution, in float32 at least: in bfloat16 its rounding alone would be up to half a grey level."""
-        exact = torch.promote_types(features.dtype, torch.float32)
-        weight, bias = self.out.weight.to(exact), self.out.bias.to(exact)
-        kind = features.device.type
-        # Where autocast is off already, the context would only burden an exported graph.
-        off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with off:
-            return F.conv2d(features.to(exact), weight, bias, padding=4)
 
 
 class _ResidualBlock(nn.Sequential):
@@ -165,6 +154,7 @@ class SRGANDiscriminator(nn.Module):
         SettingError: for an unknown head, a size below 16, or images of another size than that of a dense head.
 
     Example:
+        >>> import torch
         >>> SRGANDiscriminator(features=8)(torch.rand(2, 3, 32, 40)).shape
         torch.Size([2, 1])
 
