@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,8 @@ class WeightSaver:
         path: file to write; ``SHA256SUMS`` is written beside it.
         every: iterations between two savings.
         dtype: ``float32`` or ``float16``, storage type of floating-point tensors.
+        form: makes of the network the one whose weights are saved, for example
+            :meth:`medsr.networks.fmen.FMEN.fuse`.
 
     Example:
         >>> WeightSaver(nn.Linear(1, 1), "model.pt").every
@@ -165,9 +167,15 @@ class WeightSaver:
     """
 
     def __init__(
-        self, network: nn.Module, path: str | Path, every: int = 500, dtype: str = "float32"
+        self,
+        network: nn.Module,
+        path: str | Path,
+        every: int = 500,
+        *,
+        dtype: str = "float32",
+        form: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
-        self.network, self.path, self.every = network, Path(path), int(every)
+        self.network, self.path, self.every, self.form = network, Path(path), int(every), form
         self.dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
 
     def attach(self, engine: Engine) -> None:
@@ -180,7 +188,8 @@ class WeightSaver:
     def __call__(self, engine: Engine | None = None) -> None:
         """Save now."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(self.network.state_dict(), self.path, dtype=self.dtype)
+        network = self.network if self.form is None else self.form(self.network)
+        save_weights(network.state_dict(), self.path, dtype=self.dtype)
 
     def _on_exception(self, engine: Engine, error: BaseException) -> None:
         self(engine)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from medsr.errors import SettingError, WeightsError
 from medsr.networks.blocks import convolve_exactly, without_autocast
 from medsr.networks.checkpoints import load_checkpoint, rename_tensors
+from medsr.networks.interpolation import linear_subpixel_kernels
 
 __all__ = ["FMEN", "convert_fmen"]
 
@@ -74,6 +75,8 @@ class FMEN(nn.Module):
         up_blocks: residual blocks inside each attention block, ``down_blocks + 1`` numbers.
         expand: how many times more channels the training form has inside a convolution of a residual block.
         fused: build the plain form, for weights that were merged. ``expand`` and ``collapsed`` mean nothing then.
+        interpolation_start: start as linear interpolation, which the published architecture can express, instead of
+            at random. A short training then learns detail from its first step; the form of the network is the same.
         collapsed: in the training form, merge the three convolutions of a residual block in every step instead of
             running one after the other. Function and gradients are the same up to rounding, a step takes less than
             half the time.
@@ -116,6 +119,7 @@ class FMEN(nn.Module):
         expand: int = 2,
         fused: bool = False,
         collapsed: bool = False,
+        interpolation_start: bool = False,
         half_precision_safe: bool = False,
     ) -> None:
         super().__init__()
@@ -139,12 +143,25 @@ class FMEN(nn.Module):
         self.head = _conv(channels, features)
         self.body = nn.Sequential(*body, _conv(features, features))
         self.tail = _conv(features, channels * self.scale**2)
+        if interpolation_start:
+            self._start_as_interpolation()
 
     def forward(self, image: Tensor) -> Tensor:
         """Enlarge an image."""
         head = self.head(image)
         features = self.body(head).add_(head)
         return F.pixel_shuffle(convolve_exactly(self.tail, features), self.scale)
+
+    @torch.no_grad()
+    def _start_as_interpolation(self) -> None:
+        """Carry the image through the first features, past a body that adds nothing, into an interpolating tail."""
+        channels = self.in_channels
+        nn.init.dirac_(self.head.weight[:channels])
+        for silent in (self.head.bias[:channels], *self.body[-1].parameters(), *self.tail.parameters()):
+            nn.init.zeros_(silent)
+        kernels = linear_subpixel_kernels(self.scale)
+        for channel, weight in enumerate(self.tail.weight.unflatten(0, (channels, -1))):
+            weight[:, channel] = kernels
 
     def fuse(self) -> FMEN:
         """The plain form with merged weights, in eval mode; this network stays as it is.

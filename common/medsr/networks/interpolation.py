@@ -1,4 +1,4 @@
-"""Bicubic enlargement as a layer: what networks that work on the fine grid start from."""
+"""Interpolation inside networks: as a layer, and as the kernels that a sub-pixel convolution can start from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from medsr.errors import SettingError
 from medsr.resampling import keys_matrix
 
-__all__ = ["BicubicUpsample"]
+__all__ = ["BicubicUpsample", "linear_subpixel_kernels"]
 
 _REACH = 2
 """Pixels on either side that a new pixel may be made of; those on one half of the old pixel see one less."""
@@ -98,3 +98,22 @@ def _mirrored(image: Tensor, axis: int) -> Tensor:
     """
     once = F.pad(image, (0, 0, 1, 1) if axis == 2 else (1, 1, 0, 0), mode="replicate")
     return torch.cat([once.narrow(axis, 2, 1), once, once.narrow(axis, -3, 1)], axis)
+
+
+def linear_subpixel_kernels(scale: int) -> Tensor:
+    """Linear interpolation as the 3 x 3 kernels of a sub-pixel convolution, ``(scale ** 2, 3, 3)``.
+
+    They stand in the order of :class:`torch.nn.PixelShuffle`. A 3 x 3 kernel has no room for bicubic interpolation.
+
+    Args:
+        scale: enlargement, a whole number.
+
+    Example:
+        >>> linear_subpixel_kernels(2)[0]
+        tensor([[0.0625, 0.1875, 0.0000],
+                [0.1875, 0.5625, 0.0000],
+                [0.0000, 0.0000, 0.0000]])
+    """
+    offset = (torch.arange(scale) + 0.5) / scale - 0.5
+    taps = torch.stack([(-offset).clamp(min=0), 1 - offset.abs(), offset.clamp(min=0)], 1)
+    return torch.einsum("iy,jx->ijyx", taps, taps).flatten(0, 1)

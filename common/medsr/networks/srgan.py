@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from medsr.errors import SettingError
 from medsr.networks.blocks import convolve_exactly
+from medsr.networks.interpolation import linear_subpixel_kernels
 
 __all__ = ["SRGANDiscriminator", "SRResNet"]
 
@@ -46,6 +48,8 @@ class SRResNet(nn.Module):
         features: width of the network.
         prelu: ``shared``, one slope per layer, or ``channel``, one per channel.
         output: ``linear`` or ``tanh01``, see above.
+        interpolation_start: start as linear interpolation, which the published architecture with a linear output can
+            express, instead of at random. A short training then learns detail from its first step.
 
     Shape:
         ``(B, channels, H, W)``, intensities in [0, 1], to ``(B, channels, scale * H, scale * W)``; any size. Nothing
@@ -80,6 +84,7 @@ class SRResNet(nn.Module):
         features: int = 64,
         prelu: str = "shared",
         output: str = "linear",
+        interpolation_start: bool = False,
     ) -> None:
         super().__init__()
         doublings = int(scale).bit_length() - 1
@@ -89,6 +94,10 @@ class SRResNet(nn.Module):
             raise SettingError(f"prelu must be 'shared' or 'channel', got '{prelu}'")
         if output not in ("linear", "tanh01"):
             raise SettingError(f"output must be 'linear' or 'tanh01', got '{output}'")
+        if interpolation_start and output != "linear":
+            raise SettingError(
+                "a network with output 'tanh01' cannot start as interpolation; set output to 'linear'"
+            )
         self.scale, self.in_channels, self.output = int(scale), int(channels), output
         # Head 4, two per block, tail 1. Behind them, at every scale, 3: the last convolution sees four fine pixels
         # further, which lie in two coarse ones at most; each sub-pixel convolution adds one pixel of its own grid,
@@ -104,6 +113,27 @@ class SRResNet(nn.Module):
             self.upsample.append(nn.PixelShuffle(factor))
             self.upsample.append(nn.PReLU(slopes))
         self.out = nn.Conv2d(features, channels, 9, padding=4)
+        if interpolation_start:
+            self._start_as_interpolation()
+
+    @torch.no_grad()
+    def _start_as_interpolation(self) -> None:
+        """Carry the image through the first features; what the blocks and the other features know starts unheard.
+
+        The rectifiers let it pass, because intensities are not negative.
+        """
+        channels = self.in_channels
+        nn.init.dirac_(self.head[0].weight[:channels])
+        for silent in (self.head[0].bias[:channels], *self.tail[1].parameters(), self.out.bias):
+            nn.init.zeros_(silent)
+        for conv, shuffle in pairwise(self.upsample):
+            if isinstance(shuffle, nn.PixelShuffle):
+                factor = shuffle.upscale_factor
+                for channel, weight in enumerate(conv.weight.unflatten(0, (-1, factor**2))[:channels]):
+                    weight.zero_()
+                    weight[:, channel] = linear_subpixel_kernels(factor)
+                nn.init.zeros_(conv.bias[: channels * factor**2])
+        nn.init.dirac_(self.out.weight)
 
     def forward(self, image: Tensor) -> Tensor:
         """Enlarge an image."""

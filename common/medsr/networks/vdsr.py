@@ -33,6 +33,8 @@ class VDSR(nn.Module):
         bias: whether the convolutions have a bias; the published size is that without.
         layers: number of convolutions.
         features: width of the network.
+        interpolation_start: start with a last convolution of zeros, as bicubic enlargement, instead of as in the
+            paper. Then Adam at usual rates works from the first step; on the paper's start the rectifiers die.
 
     Shape:
         ``(B, channels, H, W)``, intensities in [0, 1], to ``(B, channels, scale * H, scale * W)``; any size. Nothing
@@ -59,7 +61,14 @@ class VDSR(nn.Module):
     """bfloat16 touches the residual only; the enlargement and the sum stay in float32. float16 is not tested."""
 
     def __init__(
-        self, scale: int = 4, channels: int = 3, *, bias: bool = False, layers: int = 20, features: int = 64
+        self,
+        scale: int = 4,
+        channels: int = 3,
+        *,
+        bias: bool = False,
+        layers: int = 20,
+        features: int = 64,
+        interpolation_start: bool = False,
     ) -> None:
         super().__init__()
         if layers < 2:
@@ -78,6 +87,8 @@ class VDSR(nn.Module):
                 nn.init.normal_(module.weight, std=(2 / (9 * features)) ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if interpolation_start:
+            nn.init.zeros_(self.body[-1].weight)
 
     def forward(self, image: Tensor) -> Tensor:
         """Enlarge an image."""

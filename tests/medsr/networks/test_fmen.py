@@ -554,3 +554,27 @@ def test_weights_and_results_are_those_of_the_last_release(golden):
         else:
             # Kernels differ between machines in the last bits of a float32.
             assert statistics[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_starts_as_linear_interpolation_if_asked(scale: int, channels: int) -> None:
+    network, image = tiny(scale, channels=channels, interpolation_start=True), picture(channels=channels)
+    wanted = F.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
+    # At the border the convolution sees zeros where interpolation repeats the last pixel.
+    inside = (..., slice(scale, -scale), slice(scale, -scale))
+    torch.testing.assert_close(network(image)[inside], wanted[inside])
+    random = tiny(scale, channels=channels)
+    assert [p.shape for p in network.parameters()] == [p.shape for p in random.parameters()]
+
+
+def test_interpolation_start_can_be_trained_everywhere() -> None:
+    network = tiny(interpolation_start=True).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        network(picture()).square().mean().backward()
+        optimizer.step()
+    still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    # Normalised features do not feel the bias of the convolution before.
+    assert [name for name in still if not name.endswith("bias")] == []

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from medsr.errors import SettingError
-from medsr.networks.interpolation import BicubicUpsample
+from medsr.networks.interpolation import BicubicUpsample, linear_subpixel_kernels
 from medsr.resampling import antialiased_bicubic_matrix
 from torch import Tensor
+from torch.nn import functional as F
 
 SIZES = [(1, 1), (1, 4), (2, 1), (3, 2), (9, 6)]
 
@@ -66,3 +67,12 @@ def test_nothing_is_saved_with_the_weights():
 def test_another_scale_is_refused(scale):
     with pytest.raises(SettingError, match=rf"whole number of at least 2, got {scale}$"):
         BicubicUpsample(scale)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4, 5])
+def test_a_subpixel_convolution_with_linear_kernels_interpolates(scale):
+    image = torch.rand(1, 1, 6, 5)
+    shuffled = F.pixel_shuffle(F.conv2d(image, linear_subpixel_kernels(scale)[:, None], padding=1), scale)
+    wanted = F.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
+    inside = (..., slice(scale, -scale), slice(scale, -scale))
+    assert torch.allclose(shuffled[inside], wanted[inside], atol=1e-6)

@@ -98,6 +98,31 @@ def test_the_output_is_linear_or_squashed_into_the_range():
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("scale", [2, 3, 8])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_it_starts_as_linear_interpolation_if_asked(scale, channels):
+    network = tiny(scale, channels=channels, blocks=1, interpolation_start=True).eval()
+    # Doublings interpolate what was interpolated, and borders see zeros: only smooth images are the same, inside.
+    ramp = torch.linspace(0, 1, 12).expand(1, channels, 12, 12)
+    wanted = F.interpolate(ramp, scale_factor=scale, mode="bilinear", align_corners=False)
+    inside = (..., slice(3 * scale, -3 * scale), slice(3 * scale, -3 * scale))
+    torch.testing.assert_close(network(ramp)[inside], wanted[inside])
+    with pytest.raises(SettingError, match="tanh01"):
+        tiny(scale, interpolation_start=True, output="tanh01")
+
+
+def test_interpolation_start_can_be_trained_everywhere():
+    network = tiny(blocks=1, interpolation_start=True).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        network(picture(batch=2)).square().mean().backward()
+        optimizer.step()
+    still = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    # Normalisation takes away the bias of the convolution before it.
+    assert [name for name in still if not name.endswith("bias")] == []
+
+
 def test_both_kinds_of_skip_carry_the_features():
     network, image = trained(tiny()), picture()
     head = network.head(image)
