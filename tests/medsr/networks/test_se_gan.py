@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -202,16 +201,9 @@ def test_bfloat16_changes_little_and_the_result_is_float32():
 
 
 @pytest.mark.slow
-def test_an_exported_graph_serves_every_size():
-    network, any_size = tiny(2, features=4, blocks=1), torch.export.Dim.DYNAMIC
-    with torch.no_grad():
-        exported = torch.export.export(
-            network, (picture(6, 8, batch=2),), dynamic_shapes={"image": dict.fromkeys((0, 2, 3), any_size)}
-        )
-        other = picture(9, 5, batch=3)
-        assert torch.allclose(exported.module()(other), network(other), atol=1e-6)
-    # Control flow and contexts would appear as functions that take graphs, which converters do not know.
-    assert [n for n in exported.graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)] == []
+def test_an_exported_graph_serves_every_size(exported_for_every_size):
+    network = tiny(2, features=4, blocks=1)
+    exported_for_every_size(network, picture(6, 8, batch=2), [picture(9, 5, batch=3)])
 
 
 # --- gates with the statistics of another image -------------------------------------------------------------------
@@ -479,28 +471,9 @@ def test_an_unknown_norm_is_named():
 
 
 @torch.inference_mode()
-def test_weights_and_results_are_those_of_the_last_release(golden):
-    generator, discriminator = tiny(), judge()
-    statistics: dict[str, Any] = {}
-    for name, network in (("generator", generator), ("discriminator", discriminator)):
-        tensors = "\n".join(f"{key} {tuple(value.shape)}" for key, value in network.state_dict().items())
-        statistics[f"{name}_tensors"] = hashlib.sha256(tensors.encode()).hexdigest()
-        statistics[f"{name}_parameters"] = sum(p.numel() for p in network.parameters())
-    found = generator(picture()).double()
-    statistics |= {
-        "mean": [float(v) for v in found.mean(dim=(0, 2, 3))],
-        "std": [float(v) for v in found.std(dim=(0, 2, 3))],
-        "roughness": [float(found.diff(dim=axis).abs().mean()) for axis in (-2, -1)],
-        "corner": [float(v) for v in found[0, :, 0, 0]],
-        "centre": [float(v) for v in found[0, :, 30, 21]],
-        "squeezed": [float(one.double().mean()) for one in generator.squeeze(picture())],
-        "logits": [float(v) for v in discriminator(picture(33, 40, batch=2)).flatten()],
-    }
-    expected = golden("se_gan", statistics)
-    assert set(statistics) == set(expected)
-    for key in sorted(statistics):
-        if key.endswith("_tensors"):
-            assert statistics[key] == expected[key], "released weights would no longer load"
-        else:
-            # Kernels differ between machines in the last bits of a float32.
-            assert statistics[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+def test_weights_and_results_are_those_of_the_last_release(same_as_released):
+    networks = {"generator": tiny(), "discriminator": judge()}
+    squeezed = [float(one.double().mean()) for one in networks["generator"].squeeze(picture())]
+    logits = [float(v) for v in networks["discriminator"](picture(33, 40, batch=2)).flatten()]
+    found = networks["generator"](picture())
+    same_as_released("se_gan", networks, found, centre=(30, 21), squeezed=squeezed, logits=logits)
