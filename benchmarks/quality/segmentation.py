@@ -15,18 +15,15 @@ import argparse
 import json
 import logging
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from medsr import catalog
 from medsr.engines.mask_comparison import PROTOCOL, mask_table
 from medsr.io.writing import write_json
 
+from benchmarks.commands import run_config
 from benchmarks.quality.thick_folder import STUDIES, write_study
 
 _log = logging.getLogger(__name__)
@@ -181,29 +178,12 @@ class Fold:
         *,
         again: bool = False,
     ) -> None:
-        """Run one config of a bundle into a folder of its own, which has its name only once it is complete."""
-        done, part = self.folder / name, self.folder / f"{name}.part"
+        """Run configs of a bundle into a folder of their own, unless that was done before."""
+        done = self.folder / name
         if done.exists() and not again:
             return
-        part.mkdir(parents=True, exist_ok=True)
-        root = catalog.bundle_root(bundle)
-        files = [str(root / "configs" / config) for config in configs]
-        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
-        for key, value in {**settings, "output_dir": part}.items():
-            if value is not None:
-                command += [f"--{key}", str(value)]
         _log.info("%s: %s", self.case, name)
-        with (self.folder / f"{name}.log").open("w") as log:
-            code = subprocess.run(
-                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, check=False
-            )
-        if code.returncode:
-            raise SystemExit(
-                f"{self.case}: '{name}' ended with status {code.returncode}; see {self.folder / name}.log"
-            )
-        if done.exists():
-            shutil.rmtree(done)
-        part.rename(done)
+        run_config(bundle, configs, settings, output=done, environment=self.environment)
 
 
 if __name__ == "__main__":
