@@ -12,10 +12,14 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import MetaKeys, SpaceKeys
 
+from medsr.errors import SettingError
 from medsr.io.cases import read_case
 from medsr.io.images import read_image
 
 __all__ = ["LoadImageFiled", "LoadVolumed"]
+
+_LUMA = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue."""
 
 
 class LoadVolumed(MapTransform):
@@ -95,18 +99,32 @@ class LoadImageFiled(MapTransform):
         keys: items that hold a path; each is replaced by the image. An alpha channel is added under
             ``f"{key}_alpha"`` when the file has one, and only then.
         allow_missing_keys: skip items that a sample does not have.
+        channels: give every image so many, for training on a mixed folder: 3 repeats grey, 1 takes the luma of
+            colour. The metadata stay those of the file. Default: as in the file.
 
     Shape:
         - Output: ``(C, H, W)`` float32 in [0, 1], C = 1 or 3; alpha ``(1, H, W)``.
 
     Raises:
         DataError: if a file cannot be read whole and exactly, see :func:`medsr.io.images.read_image`.
+        SettingError: for another number of channels.
 
     Example:
         >>> LoadImageFiled(keys="image")({"image": "none.png"})
         Traceback (most recent call last):
         medsr.errors.DataError: none.png: no such file
+
+    Reference:
+        Luma: Recommendation ITU-R BT.601-7, 2011, full range.
     """
+
+    def __init__(
+        self, keys: KeysCollection, allow_missing_keys: bool = False, *, channels: int | None = None
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if channels not in (None, 1, 3):
+            raise SettingError(f"channels must be 1 or 3, got {channels}")
+        self.channels = channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the path at every key by its image."""
@@ -121,7 +139,14 @@ class LoadImageFiled(MapTransform):
                 "notes": "\n".join(image.notes),
                 **image.encoding.to_meta(),
             }
-            result[key] = MetaTensor(torch.from_numpy(image.values), meta=meta)
+            result[key] = MetaTensor(self._with_channels(torch.from_numpy(image.values)), meta=meta)
             if image.alpha is not None:
                 result[f"{key}_alpha"] = MetaTensor(torch.from_numpy(image.alpha), meta=dict(meta))
         return result
+
+    def _with_channels(self, image: torch.Tensor) -> torch.Tensor:
+        if self.channels in (None, len(image)):
+            return image
+        if self.channels == 3:
+            return image.repeat(3, 1, 1)
+        return torch.einsum("c,chw->hw", image.new_tensor(_LUMA), image)[None]

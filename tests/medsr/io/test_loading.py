@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from medsr.errors import DataError
+from medsr.errors import DataError, SettingError
 from medsr.io.images import ImageEncoding
 from medsr.io.loading import LoadImageFiled, LoadVolumed
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
@@ -122,6 +122,21 @@ def test_photograph_and_metadata(tmp_path):
     assert (image.meta["filename_or_obj"], image.meta["notes"]) == (path, "")
     encoding = ImageEncoding.from_meta(image.meta)
     assert (encoding.file_format, encoding.bits, encoding.icc_profile) == ("PNG", 8, b"profile")
+
+
+def test_a_mixed_folder_can_be_given_one_number_of_channels(tmp_path):
+    colour, grey = photograph(tmp_path / "a.png"), photograph(tmp_path / "b.png", RGB[..., 1])
+    for channels in (1, 3):
+        load = LoadImageFiled(keys=["one", "two"], channels=channels)
+        item = load({"one": colour, "two": grey})
+        assert item["one"].shape == item["two"].shape == (channels, 4, 5)
+        assert all(torch.equal(plane, item["two"][0]) for plane in item["two"])
+    with Image.open(colour) as image:
+        luma = np.asarray(image.convert("L")) / 255
+    found = LoadImageFiled(keys="one", channels=1)({"one": colour})["one"]
+    np.testing.assert_allclose(found[0].numpy(), luma, atol=1 / 255)
+    with pytest.raises(SettingError, match="1 or 3, got 2"):
+        LoadImageFiled(keys="one", channels=2)
 
 
 def test_alpha_has_its_own_key(tmp_path):
