@@ -187,12 +187,12 @@ def check_weights(path: str | Path, network: nn.Module) -> None:
         or set(state) != set(wanted)
         or not all(map(torch.is_tensor, state.values()))
     ):
-        raise WeightsError(f"{file.name}: made for another network; check --width and --weights")
+        raise WeightsError(f"{file.name}: made for another network; check --weights, scale and widths")
     wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
     if wrong:
         raise WeightsError(
             f"{file.name}: '{wrong[0]}' has shape {tuple(state[wrong[0]].shape)}, this network needs "
-            f"{tuple(wanted[wrong[0]].shape)}; check --width"
+            f"{tuple(wanted[wrong[0]].shape)}; check scale and widths"
         )
 
 

@@ -139,7 +139,9 @@ def _fill(network: nn.Module, path: str | Path) -> None:
         state = {key: _with_zeros(tensor, own[key].shape) for key, tensor in state.items()}
     wrong = [key for key in state if state[key].shape != own[key].shape]
     if wrong:
-        raise WeightsError(f"{name}: '{wrong[0]}' has another shape than in this network; check --width")
+        raise WeightsError(
+            f"{name}: '{wrong[0]}' has another shape than in this network; check scale and widths"
+        )
     network.load_state_dict(state, strict=False)
     _log.info("%s: %d tensors keep their initial values", name, len(own) - len(state))
 
