@@ -128,6 +128,21 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", metavar="OUT", type=Path, required=True, help="weight file to write"
     )
     convert.set_defaults(action=_convert)
+
+    export = commands.add_parser(
+        "export", parents=[common], help="write the network of a single-image bundle as ONNX"
+    )
+    export.add_argument("bundle", metavar="BUNDLE", help="name from 'medsr list', or the folder of a bundle")
+    export.add_argument("-o", "--output", metavar="FILE.onnx", type=Path, required=True, help="file to write")
+    export.add_argument("--weights", metavar="FILE", type=Path, help="other weights than the bundle's")
+    export.add_argument(
+        "--config",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="config files over inference.json, such as x8.json",
+    )
+    export.set_defaults(action=_export)
     return parser
 
 
@@ -193,6 +208,19 @@ def _convert(arguments: argparse.Namespace) -> None:
         with suppress(OSError):
             unfinished.unlink()
         raise OutputError(f"{arguments.output}: cannot be written ({error})") from error
+    print(f"medsr: wrote {arguments.output}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    root = _root(arguments.bundle)
+    overlays = [_config(root, name) for name in arguments.config if name != "inference.json"]
+    with _hushed(quiet=True, verbose=arguments.verbose):
+        from medsr.export import bundle_network, export_onnx
+        from medsr.io.writing import probe_folder
+
+        network, digest = bundle_network(root, overlays, weights=arguments.weights)
+        probe_folder(arguments.output.parent)
+        export_onnx(network, arguments.output, origin={"bundle": root.name, "weights_sha256": digest})
     print(f"medsr: wrote {arguments.output}")
 
 

@@ -21,6 +21,7 @@ LEVELS = (
     {"resampling", "phantoms", "networks", "losses", "metrics"},
     {"transforms", "io"},
     {"inferers", "engines", "handlers"},
+    {"export"},
     {"cli"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -33,7 +34,10 @@ STRANGERS = {"transforms": {"networks"}, "io": {"networks"}, "handlers": {"netwo
 EARLIEST = {"torch": 1, "monai": 1, "nibabel": 2, "pydicom": 2, "SimpleITK": 2, "itk": 2, "ignite": 3}
 
 # Slow to import or optional: only inside the functions that need them.
-ONLY_IN_FUNCTIONS = {"matplotlib", "pydicom", "SimpleITK", "itk", "nibabel", "highdicom", "nilearn"}
+ONLY_IN_FUNCTIONS = {
+    *("matplotlib", "pydicom", "SimpleITK", "itk", "nibabel", "highdicom", "nilearn"),
+    *("onnx", "onnxruntime", "openvino"),
+}
 
 NEVER = {"pickle", "dill", "joblib", "requests", "urllib.request", "http.client", "socket", "ftplib", "gdown"}
 NEVER_FROM_NETWORKS = ("monai.transforms", "monai.handlers", "monai.engines", "monai.bundle", "ignite")
