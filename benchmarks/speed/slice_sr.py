@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -25,7 +22,11 @@ from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.resampling import interpolation_matrix, resample_last_axis
 from torch import nn
 
+from benchmarks.measure import giga_multiplications, interleaved, peak_of, print_ratio
 from benchmarks.shipped import naive_network, settings, shipped_network
+
+RATIO = 4
+"""Thin slices per thick one."""
 
 
 def main() -> None:
@@ -61,7 +62,8 @@ def interpolation(rounds: int) -> None:
         return map_coordinates(stack, grid, order=3, mode="nearest")
 
     difference = float(np.abs(matrix() - scipy())[:, :, 8:-8].max())
-    _report("cubic B-spline: scipy / matrix", _ratios({"a": scipy, "b": matrix}, rounds)[("a", "b")])
+    times = interleaved({"scipy": scipy, "matrix": matrix}, rounds)
+    print_ratio("cubic B-spline: scipy / matrix", times["scipy"], times["matrix"])
     print(f"    largest difference {difference:.1e} of a range of 1")
 
 
@@ -78,34 +80,30 @@ def layouts(rounds: int) -> None:
     contestants = {"naive": one_by_one, "ours": lambda: ours(window), "probe": lambda: probe(block)}
     with torch.inference_mode():
         print(f"largest difference of the forms {float((one_by_one() - ours(window)).abs().max()):.1e}")
-        found = _ratios(contestants, rounds)
-    _report("window 2 x 64 x 64 x 12 -> 48: naive (fp32, NCDHW, batch 1) / ours", found[("naive", "ours")])
-    macs = _multiplications(ours, window)
-    _report(
-        f"ours / convolution probe ({macs / 1e9:.1f} against {_conv_macs(probe, block) / 1e9:.1f} GMAC)",
-        found[("ours", "probe")],
+    times = interleaved(contestants, rounds)
+    print_ratio(
+        "window 2 x 64 x 64 x 12 -> 48: naive (fp32, NCDHW, batch 1) / ours", times["naive"], times["ours"]
     )
+    work = [giga_multiplications(network, *one.shape) for network, one in ((ours, window), (probe, block))]
+    what = f"ours / convolution probe ({work[0]:.1f} against {work[1]:.1f} GMAC)"
+    print_ratio(what, times["ours"], times["probe"])
 
 
 def memory(size: list[int]) -> None:
     """Peak memory of the inferer over its output, in a process of its own."""
-    code = (
-        "import resource, torch;"
-        "from medsr.inferers.slice_group import SliceGroupInferer;"
-        "from benchmarks.shipped import settings, shipped_network;"
-        "s, n = settings(), shipped_network();"
-        f"x = torch.rand(1, 1, {size[0]}, {size[1]}, {size[2]});"
-        "i = SliceGroupInferer(group=s['group'], tile=s['tile'], amp='float32');"
-        "i(x[..., :64, :64, :8], n, scale=4.0);"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "y = i(x, n, scale=4.0);"
-        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "print((after - before) * 1024 / (y.numel() * 4), y.numel() * 4 / 2**20)"
-    )
-    ratio, output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout.split()
-    print(f"peak memory of network and inferer / output ({float(output):.0f} MiB): {float(ratio):.2f}")
+    output = size[0] * size[1] * size[2] * RATIO * 4 / 2**20
+    peak = peak_of("benchmarks.speed.slice_sr:measured", *size)
+    if peak is not None:
+        print(f"peak memory of network and inferer / output ({output:.0f} MiB): {peak / output:.2f}")
+
+
+def measured(*size: int) -> Callable[[], object]:
+    """What :func:`memory` measures, warmed up."""
+    chosen, network = settings(), shipped_network()
+    inferer = SliceGroupInferer(group=chosen["group"], tile=chosen["tile"], amp="float32")
+    stack = torch.rand(1, 1, *size)
+    inferer(stack[..., :64, :64, :8], network, scale=float(RATIO))
+    return lambda: inferer(stack, network, scale=float(RATIO))
 
 
 def volume(size: list[int]) -> None:
@@ -117,40 +115,11 @@ def volume(size: list[int]) -> None:
     for depth in (size[2] // 2, size[2]):
         stack = torch.rand(1, 1, size[0], size[1], depth)
         since = time.monotonic()
-        inferer(stack, network, scale=4.0)
+        inferer(stack, network, scale=float(RATIO))
         times.append(time.monotonic() - since)
-    what = f"{size[0]} x {size[1]} x {size[2]} to x {size[2] * 4}"
+    what = f"{size[0]} x {size[1]} x {size[2]} to x {size[2] * RATIO}"
     print(f"{what}, 2 threads: {times[1]:.1f} s of network and inferer wall time")
     print(f"twice the slices take {times[1] / times[0]:.2f} times as long")
-
-
-def _ratios(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[tuple[str, str], np.ndarray]:
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for run in contestants.values():
-        run()
-    for _ in range(rounds):
-        for name in random.sample(list(contestants), len(contestants)):
-            since = time.process_time()
-            contestants[name]()
-            times[name].append(time.process_time() - since)
-    return {(a, b): np.array(times[a]) / np.array(times[b]) for a in times for b in times if a != b}
-
-
-def _report(name: str, ratios: np.ndarray) -> None:
-    low, middle, high = np.percentile(ratios, [10, 50, 90])
-    print(f"{name}: {middle:.2f} (10 to 90 %: {low:.2f} to {high:.2f}, {len(ratios)} pairs)")
-
-
-def _conv_macs(layer: nn.Module, inputs: torch.Tensor) -> float:
-    return _multiplications(layer, inputs)
-
-
-def _multiplications(network: nn.Module, inputs: torch.Tensor) -> float:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(inputs)
-    return counter.get_total_flops() / 2
 
 
 if __name__ == "__main__":
