@@ -47,6 +47,16 @@ def test_the_detail_shows_the_strongest_edges():
     assert frame.get_y() <= 20 * 4 < 24 * 4 <= frame.get_y() + frame.get_height()
 
 
+def test_many_faint_edges_win_over_a_single_strong_one():
+    image = torch.full((3, 96, 96), 0.5)
+    image[:, 4] = 1.0
+    image[:, 50:90:2, 50:90] = 0.4
+    figure = superres_image_figure({"image": image, "pred": image, "case": "a"}, {})
+    (frame,) = figure.axes[0].patches
+    assert frame.get_y() > 48
+    assert frame.get_x() > 48
+
+
 def test_large_images_are_drawn_with_the_pixels_that_can_be_seen():
     figure = superres_image_figure(
         {"image": torch.rand(3, 300, 400), "pred": torch.rand(3, 1200, 1600), "case": "a"}, {}
