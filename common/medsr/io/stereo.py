@@ -1,0 +1,291 @@
+"""Stereo pairs on disk, and the calibration of the cameras that took them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.spatial.transform import Rotation
+
+from medsr.errors import DataError
+from medsr.io.images import find_images
+
+__all__ = ["StereoCalibration", "find_stereo_pairs", "read_calibration"]
+
+_FOLDERS = (("left", "right"), ("left_frames", "right_frames"))
+_SIDE = re.compile(r"^(?:(?P<case>.*)[_-])?(?P<side>left|right)$", re.IGNORECASE)
+
+PathLike = str | os.PathLike[str]
+FloatArray = npt.NDArray[np.float64]
+
+_NUMBER = r"[-+.\deE]+"
+_MATRIX_YAML = re.compile(
+    r"^(\w+):\s*!!opencv-matrix\s+rows:\s*(\d+)\s+cols:\s*(\d+)\s+dt:\s*\S+\s+data:\s*\[([^\]]*)\]",
+    re.MULTILINE,
+)
+_MATRIX_XML = re.compile(
+    r'<(\w+) type_id="opencv-matrix">\s*<rows>(\d+)</rows>\s*<cols>(\d+)</cols>\s*<dt>[^<]*</dt>\s*'
+    r"<data>([^<]*)</data>"
+)
+_SCALAR = re.compile(rf"^(?:(\w+):\s*|<(\w+)>)({_NUMBER})(?:</\w+>)?\s*$", re.MULTILINE)
+_ENDOVIS = re.compile(r"^\s*([\w-]+):\s*([^/\n]*)", re.MULTILINE)
+
+# The names that OpenCV's samples and data sets give to these matrices.
+_OPENCV = {
+    "left": ("M1", "K1", "cameraMatrix1", "camera_matrix_1"),
+    "right": ("M2", "K2", "cameraMatrix2", "camera_matrix_2"),
+    "left_distortion": ("D1", "distCoeffs1", "dist_coeffs_1"),
+    "right_distortion": ("D2", "distCoeffs2", "dist_coeffs_2"),
+    "rotation": ("R",),
+    "translation": ("T",),
+}
+_OPENCV_SIZE = (("image_width", "image_height"), ("width", "height"))
+
+
+@dataclass(frozen=True, eq=False)
+class StereoCalibration:
+    """Two calibrated cameras: a point x of the left camera is ``rotation @ x + translation`` in the right one.
+
+    Args:
+        left: camera matrix of the left camera, in pixels, the centre of the first pixel at 0.
+        right: that of the right camera.
+        left_distortion: k1, k2, p1, p2, k3 of the left lens (Brown and Conrady, as in OpenCV).
+        right_distortion: those of the right lens.
+        rotation: from left to right.
+        translation: from left to right, in any unit.
+        size: rows and columns of the calibrated images; None if the file does not say.
+
+    Shape:
+        - left, right, rotation: ``(3, 3)``;
+        - distortions: ``(5,)``; translation: ``(3,)``.
+
+    Raises:
+        DataError: if a matrix has another shape or numbers that are not finite, a focal length is not positive, the
+            rotation is none, or the cameras stand at one place.
+
+    Example:
+        >>> camera = np.array([[1000.0, 0, 640], [0, 1000, 512], [0, 0, 1]])
+        >>> still = np.zeros(5)
+        >>> StereoCalibration(camera, camera, still, still, np.eye(3), np.array([-4.0, 0, 0])).size is None
+        True
+    """
+
+    left: FloatArray
+    right: FloatArray
+    left_distortion: FloatArray
+    right_distortion: FloatArray
+    rotation: FloatArray
+    translation: FloatArray
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        shapes = dict.fromkeys(("left", "right", "rotation"), (3, 3))
+        shapes |= {"left_distortion": (5,), "right_distortion": (5,), "translation": (3,)}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value.shape != shape or not np.isfinite(value).all():
+                raise DataError(
+                    f"calibration: {name} must be finite numbers of shape {shape}, got {value.shape}"
+                )
+        if min(self.left[0, 0], self.left[1, 1], self.right[0, 0], self.right[1, 1]) <= 0:
+            raise DataError("calibration: a focal length is not positive")
+        if (
+            np.abs(self.rotation @ self.rotation.T - np.eye(3)).max() > 1e-3
+            or np.linalg.det(self.rotation) < 0
+        ):
+            raise DataError("calibration: the matrix from left to right is no rotation")
+        if not self.translation.any():
+            raise DataError("calibration: both cameras stand at one place; there is nothing to rectify")
+
+
+def find_stereo_pairs(source: PathLike, right: PathLike | None = None) -> list[dict[str, str]]:
+    """List the pairs behind a folder as data items ``{"image": left, "image_right": right, "case": name}``.
+
+    Files are those that :func:`medsr.io.images.find_images` lists. A pair is known by its place or by its name:
+
+    - two folders: files of one name, apart from the ending;
+    - one folder with ``left`` and ``right`` (or ``left_frames`` and ``right_frames``): the same, inside these;
+    - one folder with files ``<case>_left.png`` and ``<case>_right.png``. ``left.png`` alone is named after the folder.
+
+    Args:
+        source: the folder of pairs, or of left views.
+        right: the folder of right views.
+
+    Raises:
+        DataError: if there is no pair, a view has no partner, or a file is neither left nor right.
+
+    Example:
+        >>> find_stereo_pairs("no-such-folder")
+        Traceback (most recent call last):
+        medsr.errors.DataError: no-such-folder: no such folder; a folder of stereo pairs is needed
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder.name}: no such folder; a folder of stereo pairs is needed")
+    if right is None:
+        for names in _FOLDERS:
+            inside = [folder / name for name in names]
+            if inside[0].is_dir() and inside[1].is_dir():
+                return _paired(
+                    *({item["case"]: item["image"] for item in find_images(one)} for one in inside)
+                )
+        return _paired(*_by_name(folder))
+    sides = [{item["case"]: item["image"] for item in find_images(one)} for one in (folder, Path(right))]
+    return _paired(*sides)
+
+
+def read_calibration(path: PathLike) -> StereoCalibration:
+    """Read the calibration of a stereo camera: EndoVis' ``camera_calibration.txt``, or a file that OpenCV wrote.
+
+    OpenCV itself is not needed. Its YAML, XML and JSON files must hold the matrices ``M1``, ``D1``, ``M2``, ``D2``,
+    ``R`` and ``T``, as its samples call them; ``K1`` and ``cameraMatrix1``, ``distCoeffs1`` are known too. A rotation
+    may be a vector. Distortion beyond k3 is refused.
+
+    Args:
+        path: the file; the content decides which format it is.
+
+    Raises:
+        DataError: if the file cannot be read, or an entry is missing or impossible.
+
+    Example:
+        >>> read_calibration("none.txt")
+        Traceback (most recent call last):
+        medsr.errors.DataError: none.txt: cannot be read (No such file or directory)
+    """
+    path = Path(path).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{path.name}: not a text file; EndoVis text or OpenCV YAML, XML or JSON is needed"
+        ) from None
+    try:
+        return _endovis(text) if "Camera-0-F" in text else _opencv(text)
+    except DataError as error:
+        raise DataError(f"{path.name}: {error}") from None
+    except (ValueError, IndexError, TypeError):
+        raise DataError(f"{path.name}: an entry cannot be read; export the calibration again") from None
+
+
+def _by_name(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    sides: dict[str, dict[str, str]] = {"left": {}, "right": {}}
+    for item in find_images(folder):
+        match = _SIDE.match(item["case"])
+        if match is None:
+            raise DataError(
+                f"{folder.name}: {Path(item['image']).name} is neither left nor right; name it <case>_left or "
+                "<case>_right, or use folders left/ and right/"
+            )
+        case = match["case"] or folder.resolve().name
+        if case in sides[match["side"].lower()]:
+            raise DataError(f"{folder.name}: {case} has two {match['side'].lower()} views; keep one of them")
+        sides[match["side"].lower()][case] = item["image"]
+    return sides["left"], sides["right"]
+
+
+def _paired(left: dict[str, str], right: dict[str, str]) -> list[dict[str, str]]:
+    alone = sorted(set(left) ^ set(right))
+    if alone:
+        missing = "right" if alone[0] in left else "left"
+        more = f" (and {len(alone) - 1} more without a partner)" if alone[1:] else ""
+        raise DataError(f"{alone[0]}: there is no {missing} view{more}")
+    return [{"image": left[case], "image_right": right[case], "case": case} for case in sorted(left)]
+
+
+def _endovis(text: str) -> StereoCalibration:
+    entries = {name: values.split() for name, values in _ENDOVIS.findall(text)}
+
+    def numbers(name: str, count: int) -> FloatArray:
+        if len(entries.get(name, ())) < count:
+            raise DataError(f"{name} with {count} numbers is missing")
+        return np.array([float(value) for value in entries[name][:count]])
+
+    def camera(index: int) -> FloatArray:
+        (fx, fy), (cx, cy) = numbers(f"Camera-{index}-F", 2), numbers(f"Camera-{index}-C", 2)
+        skew = numbers(f"Camera-{index}-Alpha", 1)[0] if f"Camera-{index}-Alpha" in entries else 0.0
+        return np.array([[fx, fx * skew, cx], [0, fy, cy], [0, 0, 1]])
+
+    sized = "Width" in entries and "Height" in entries
+    return StereoCalibration(
+        camera(0),
+        camera(1),
+        numbers("Camera-0-K", 5),
+        numbers("Camera-1-K", 5),
+        _rotation(numbers("Extrinsic-Omega", 3)),
+        numbers("Extrinsic-T", 3),
+        (int(numbers("Height", 1)[0]), int(numbers("Width", 1)[0])) if sized else None,
+    )
+
+
+def _opencv(text: str) -> StereoCalibration:
+    entries = _opencv_entries(text)
+
+    def entry(what: str) -> FloatArray:
+        for name in _OPENCV[what]:
+            if name in entries:
+                return entries[name]
+        raise DataError(
+            f"no entry {' or '.join(_OPENCV[what])}; EndoVis text or OpenCV YAML, XML or JSON is needed"
+        )
+
+    def distortion(what: str) -> FloatArray:
+        found = entry(what).ravel()
+        if found[5:].any():
+            raise DataError(
+                f"{_OPENCV[what][0]}: distortion beyond k3 is not supported; calibrate with five numbers"
+            )
+        return np.pad(found, (0, max(0, 5 - found.size)))[:5]
+
+    rotation = entry("rotation")
+    size = next(
+        (
+            (int(entries[h].item()), int(entries[w].item()))
+            for w, h in _OPENCV_SIZE
+            if w in entries and h in entries
+        ),
+        None,
+    )
+    return StereoCalibration(
+        entry("left"),
+        entry("right"),
+        distortion("left_distortion"),
+        distortion("right_distortion"),
+        _rotation(rotation.ravel()) if rotation.size == 3 else rotation,
+        entry("translation").ravel(),
+        size,
+    )
+
+
+def _opencv_entries(text: str) -> dict[str, FloatArray]:
+    """Matrices and numbers by name."""
+    if text.lstrip().startswith("{"):
+        return {
+            name: _from_json(value) for name, value in json.loads(text).items() if not isinstance(value, str)
+        }
+    found = {}
+    for pattern in (_MATRIX_YAML, _MATRIX_XML):
+        for name, rows, columns, values in pattern.findall(text):
+            numbers = [float(value) for value in re.split(r"[,\s]+", values.strip())]
+            found[name] = np.array(numbers).reshape(int(rows), int(columns))
+    for yaml, xml, value in _SCALAR.findall(text):
+        found[yaml or xml] = np.array(float(value))
+    return found
+
+
+def _from_json(value: Any) -> FloatArray:
+    if isinstance(value, dict):
+        return np.array(value["data"], dtype=float).reshape(value["rows"], value["cols"])
+    return np.array(value, dtype=float)
+
+
+def _rotation(vector: FloatArray) -> FloatArray:
+    """The rotation about a vector by its length (Rodrigues)."""
+    return Rotation.from_rotvec(vector).as_matrix()

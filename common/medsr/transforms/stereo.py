@@ -1,0 +1,502 @@
+"""Transforms of stereo pairs: from files to pairs, rows brought to one height, augmentation, EndoVis 2017.
+
+A pair is one tensor ``(2C, H, W)``, the left view before the right one. What treats both views alike then needs no
+class of ours: ``monai.transforms.RandFlipd(spatial_axis=0)`` flips upside down, ``RandSpatialCropSamplesd`` takes
+crops of both views at one place, :class:`~medsr.transforms.bicubic.BicubicDownsampled` degrades. Crops should be as
+wide as the largest disparity and half as much again: 32 x 160 pixels of the coarse pair at x4, 48 x 256 at x2.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, RandomizableTransform
+from monai.utils import ensure_tuple
+from torch import Tensor
+from torch.nn import functional as F
+
+from medsr.errors import DataError, SettingError
+
+__all__ = [
+    "FRAME_LAYOUTS",
+    "AlignRowsd",
+    "EndoVis17Framed",
+    "JoinViewsd",
+    "RandChannelOrderd",
+    "RandSwapFlipd",
+    "RowMatch",
+    "SplitFramed",
+    "match_rows",
+]
+
+_log = logging.getLogger(__name__)
+
+FRAME_LAYOUTS = ("side_by_side", "top_bottom")
+
+_PATCHES, _LIKE, _ENOUGH = 64, 0.8, 5
+"""Patches that are looked for in the other view, correlation from which one counts as found, and how many must be."""
+
+_RESIDUAL_LIMIT_PX = 1.0
+"""Vertical disparity above which a pair counts as not rectified: attention along rows misses its matches."""
+
+_ENDOVIS17_FRAME, _ENDOVIS17_IMAGE, _ENDOVIS17_CLEAN = (
+    (1080, 1920),
+    (28, 320, 1024, 1280),
+    (37, 328, 1009, 1263),
+)
+"""Size of a frame; first row and column, height and width of the image in it, and of what has no border."""
+
+
+class JoinViewsd(MapTransform):
+    """Join two views to a pair.
+
+    ``monai.transforms.ConcatItemsd`` was considered; it does not tell which views do not fit together. The pair
+    keeps the metadata of the left view.
+
+    Args:
+        keys: left views; each is replaced by its pair.
+        right_keys: right views, one for each key; they are removed.
+        channels: channels of a view; grey views are repeated if these are 3.
+
+    Shape:
+        two ``(C, H, W)`` to ``(2 * channels, H, W)``.
+
+    Raises:
+        DataError: if the views differ in size or in colour, or have another number of channels.
+
+    Example:
+        >>> JoinViewsd()({"image": torch.zeros(3, 4, 5), "image_right": torch.zeros(3, 4, 5)})["image"].shape
+        torch.Size([6, 4, 5])
+    """
+
+    def __init__(
+        self, keys: KeysCollection = "image", right_keys: KeysCollection = "image_right", *, channels: int = 3
+    ) -> None:
+        super().__init__(keys)
+        self.right_keys, self.channels = ensure_tuple(right_keys), int(channels)
+        if len(self.right_keys) != len(self.keys):
+            raise SettingError(
+                f"as many right_keys as keys are needed, got {self.right_keys} for {self.keys}"
+            )
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Join the views."""
+        result = dict(data)
+        for key, right_key in self.key_iterator(result, self.right_keys):
+            left, right = result[key], result.pop(right_key)
+            if left.shape != right.shape:
+                raise DataError(
+                    f"{_name(left, key)}: the left view is {_size(left)}, the right one {_size(right)}; both must be "
+                    "of one size and colour"
+                )
+            if len(left) not in (1, self.channels):
+                raise DataError(
+                    f"{_name(left, key)}: views of {len(left)} channels; {self.channels} are needed"
+                )
+            result[key] = torch.cat([one.expand(self.channels, -1, -1) for one in (left, right)])
+        return result
+
+
+class SplitFramed(MapTransform):
+    """Cut frames that hold both views into pairs.
+
+    Args:
+        keys: frames.
+        layout: ``side_by_side`` or ``top_bottom``.
+        right_first: the right view is on the left, or on top.
+        allow_missing_keys: skip items that a sample does not have.
+
+    Shape:
+        ``(C, H, W)`` to ``(2C, H, W / 2)`` or ``(2C, H / 2, W)``.
+
+    Raises:
+        SettingError: for an unknown layout.
+        DataError: if a frame cannot be halved.
+
+    Example:
+        >>> SplitFramed("image")({"image": torch.zeros(3, 4, 10)})["image"].shape
+        torch.Size([6, 4, 5])
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        layout: str = "side_by_side",
+        *,
+        right_first: bool = False,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if layout not in FRAME_LAYOUTS:
+            raise SettingError(f"layout must be one of {', '.join(FRAME_LAYOUTS)}, got '{layout}'")
+        self.layout, self.right_first = layout, right_first
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Cut every frame."""
+        result = dict(data)
+        axis = 2 if self.layout == "side_by_side" else 1
+        for key in self.key_iterator(result):
+            frame = result[key]
+            if frame.shape[axis] % 2:
+                raise DataError(
+                    f"{_name(frame, key)}: a frame of {_size(frame)} is not two views {self.layout.replace('_', ' ')}"
+                )
+            views = frame.chunk(2, axis)
+            result[key] = torch.cat(views[::-1] if self.right_first else views)
+        return result
+
+
+class RandSwapFlipd(RandomizableTransform, MapTransform):
+    """Mirror pairs left to right at random, and swap the views, so that disparities keep their sign.
+
+    ``monai.transforms.RandFlipd`` alone would turn a pair into one that no stereo camera takes.
+
+    Args:
+        keys: pairs, which all get the same.
+        prob: how often.
+        allow_missing_keys: skip items that a sample does not have.
+
+    Shape:
+        ``(2C, H, W)`` to the same.
+
+    Example:
+        >>> RandSwapFlipd("image", prob=1)({"image": torch.tensor([[[1, 2]], [[3, 4]]])})["image"].tolist()
+        [[[4, 3]], [[2, 1]]]
+    """
+
+    def __init__(self, keys: KeysCollection, prob: float = 0.5, *, allow_missing_keys: bool = False) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Mirror all pairs, or none."""
+        result = dict(data)
+        self.randomize(None)
+        for key in self.key_iterator(result):
+            if self._do_transform:
+                result[key] = torch.cat(result[key].flip(2).chunk(2)[::-1])
+        return result
+
+
+class RandChannelOrderd(RandomizableTransform, MapTransform):
+    """Permute the colours at random, in both views alike; MONAI has no such transform.
+
+    Args:
+        keys: pairs, which all get the same.
+        prob: how often.
+        allow_missing_keys: skip items that a sample does not have.
+
+    Shape:
+        ``(2C, H, W)`` to the same.
+
+    Example:
+        >>> RandChannelOrderd("image")({"image": torch.zeros(6, 2, 2)})["image"].shape
+        torch.Size([6, 2, 2])
+    """
+
+    def __init__(self, keys: KeysCollection, prob: float = 0.5, *, allow_missing_keys: bool = False) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Permute the colours of all pairs, or of none."""
+        result = dict(data)
+        self.randomize(None)
+        # The seed decides alike for every pair, whatever the number of its channels.
+        seed = self.R.randint(2**31)
+        for key in self.key_iterator(result):
+            if self._do_transform:
+                count = len(result[key]) // 2
+                order = torch.randperm(count, generator=torch.Generator().manual_seed(int(seed)))
+                result[key] = result[key][torch.cat([order, order + count])]
+        return result
+
+
+class RowMatch(NamedTuple):
+    """How the views of a pair lie to each other, as medians over the patches that were found in both.
+
+    Args:
+        offset_px: row in the right view minus row in the left view.
+        spread_px: distance of the patches from this offset.
+        disparity_px: column in the left view minus column in the right view.
+        patches: number of patches that were found.
+
+    Example:
+        >>> RowMatch(6.5, 0.3, 12.0, 40).offset_px
+        6.5
+    """
+
+    offset_px: float
+    spread_px: float
+    disparity_px: float
+    patches: int
+
+
+def match_rows(pair: Tensor, *, max_rows: int = 24, max_columns: int | None = None) -> RowMatch | None:
+    """Look for patches of the left view in the right one, to see whether rows lie at one height.
+
+    The patches with the most vertical detail, at most one per cell of a grid, are moved over the right view; the
+    place of the highest normalised correlation counts, to a fraction of a row. ``skimage.registration`` was
+    considered: it compares whole images, which a scene with depth is not a shift of.
+
+    Args:
+        pair: intensities.
+        max_rows: largest vertical disparity that is looked for, in pixels.
+        max_columns: the same for the horizontal one; default a quarter of the width.
+
+    Shape:
+        ``(2C, H, W)``.
+
+    Returns:
+        what was found, or None if too little was found to tell.
+
+    Raises:
+        SettingError: for a negative range.
+
+    Example:
+        >>> view = torch.rand(1, 40, 60, generator=torch.Generator().manual_seed(0))
+        >>> found = match_rows(torch.cat([view, view.roll((2, -5), (1, 2))]))
+        >>> round(found.offset_px), found.disparity_px
+        (2, 5.0)
+    """
+    height, width = pair.shape[1:]
+    columns = width // 4 if max_columns is None else int(max_columns)
+    if min(max_rows, columns) < 0:
+        raise SettingError(f"max_rows and max_columns must be >= 0, got {max_rows} and {columns}")
+    values = pair.as_tensor() if isinstance(pair, MetaTensor) else pair
+    left, right = values.double().unflatten(0, (2, -1)).mean(1)
+    side = max(8, min(32, min(height, width) // 8))
+    if min(height, width) < side:
+        return None
+    corners = _detailed(left, side)
+    if len(corners) < _ENOUGH:
+        return None
+    rows = min(int(max_rows), height - side)
+    columns = min(columns, width - side)
+    likeness = _likeness(left, right, corners, (side, rows, columns))
+    best, where = likeness.flatten(1).max(1)
+    wide = likeness.shape[2]
+    found = torch.stack([where // wide, where % wide], 1)
+    # At the end of the range nobody knows what lies beyond.
+    inside = (found > 0).all(1) & (found[:, 0] < 2 * rows) & (found[:, 1] < 2 * columns)
+    chosen = torch.nonzero((best > _LIKE) & inside)[:, 0]
+    if len(chosen) < _ENOUGH:
+        return None
+    place = found[chosen]
+    shifts = (
+        place[:, 0]
+        - rows
+        + _vertex(*(likeness[chosen, place[:, 0] + step, place[:, 1]] for step in (-1, 0, 1)))
+    )
+    offset = shifts.median()
+    return RowMatch(
+        offset_px=round(float(offset), 2),
+        spread_px=round(float((shifts - offset).abs().median()), 2),
+        disparity_px=float((columns - place[:, 1]).median()),
+        patches=len(chosen),
+    )
+
+
+class AlignRowsd(MapTransform):
+    """Bring the rows of pairs to one height by a constant shift of whole rows, and say how well they match.
+
+    Attention along rows finds nothing where the views are not rectified. Cameras that stand a little apart in height,
+    as on many endoscopes, differ by a constant that a shift removes: rows without a partner are cut off. Rotations
+    and lenses need :class:`~medsr.transforms.rectification.Rectifyd`.
+
+    The metadata get ``row_offset_px`` (what was removed), ``row_residual_px`` (vertical disparity that is left, the
+    median of its size), ``row_patches`` and ``disparity_px``. A residual above 1 px, views that look swapped
+    (negative disparity), and views in which nothing was found in common are noted as warnings. Disparities of both
+    signs are normal for cameras that look inwards: they are only told from swapped views where ``parallel`` is set.
+
+    Args:
+        keys: pairs.
+        rows: row in the right view minus row in the left view; ``estimate`` measures it with :func:`match_rows`.
+        max_rows: see :func:`match_rows`.
+        max_columns: the same.
+        parallel: the cameras are parallel or rectified, so that all disparities are positive.
+        allow_missing_keys: skip items that a sample does not have.
+
+    Shape:
+        ``(2C, H, W)`` to ``(2C, H - shift, W)``.
+
+    Raises:
+        SettingError: for another word than ``estimate``.
+        DataError: if the shift leaves no row.
+
+    Example:
+        >>> pair = AlignRowsd("image", rows=2)({"image": torch.rand(6, 40, 60)})["image"]
+        >>> pair.shape, pair.meta["row_offset_px"]
+        (torch.Size([6, 38, 60]), 2)
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        rows: int | str = "estimate",
+        *,
+        max_rows: int = 24,
+        max_columns: int | None = None,
+        parallel: bool = False,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if isinstance(rows, str) and rows != "estimate":
+            raise SettingError(f"rows must be a whole number or 'estimate', got '{rows}'")
+        self.rows, self.max_rows, self.max_columns, self.parallel = rows, max_rows, max_columns, parallel
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Align every pair."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self._aligned(result[key], key)
+        return result
+
+    def _aligned(self, pair: Any, key: Hashable) -> MetaTensor:
+        pair = pair if isinstance(pair, MetaTensor) else MetaTensor(pair)
+        found = match_rows(pair, max_rows=self.max_rows, max_columns=self.max_columns)
+        shift = (round(found.offset_px) if found else 0) if self.rows == "estimate" else int(self.rows)
+        height = pair.shape[1]
+        if abs(shift) >= height:
+            raise DataError(f"{_name(pair, key)}: a shift of {shift} rows leaves nothing of {height}")
+        left, right = pair.chunk(2)
+        kept = height - abs(shift)
+        aligned = torch.cat([left[:, max(0, -shift) :][:, :kept], right[:, max(0, shift) :][:, :kept]])
+        aligned.meta["row_offset_px"] = shift
+        warnings = []
+        if found is None:
+            warnings.append("the views have too little in common to tell whether they are rectified")
+        else:
+            residual = max(abs(found.offset_px - shift), found.spread_px)
+            aligned.meta.update(
+                row_residual_px=residual, row_patches=found.patches, disparity_px=found.disparity_px
+            )
+            if residual > _RESIDUAL_LIMIT_PX:
+                warnings.append(
+                    f"rows of the views differ by {residual:.1f} px after a shift of {shift}; rectify the pair"
+                )
+            if self.parallel and found.disparity_px < 0:
+                warnings.append(f"the disparity is {found.disparity_px:g} px: the views look swapped")
+        for warning in warnings:
+            _log.warning("%s: %s", _name(pair, key), warning)
+        known = [line for line in str(aligned.meta.get("notes", "")).splitlines() if line]
+        aligned.meta["notes"] = "\n".join([*known, *warnings])
+        return aligned
+
+
+class EndoVis17Framed(MapTransform):
+    """Make a usable picture of a frame of EndoVis 2017: interlacing removed, borders cut off.
+
+    The frames come from interlaced video: where something moves, odd and even rows show it at two places. The odd
+    rows are replaced by the mean of those above and below. Of 1920 x 1080 pixels the image is 1280 x 1024, with a
+    black border inside still; 1263 x 1009 are free of it. The first pixel is kept in ``meta["frame_origin_px"]``.
+    ``monai.transforms.SpatialCropd`` was considered; it would cut before the rows can be told apart.
+
+    Args:
+        keys: frames, or pairs of them.
+        deinterlace: replace the odd rows.
+        border: keep the black border inside the image, to fit the calibration that comes with the data.
+        allow_missing_keys: skip items that a sample does not have.
+
+    Shape:
+        ``(C, 1080, 1920)`` to ``(C, 1009, 1263)``, or ``(C, 1024, 1280)`` with border.
+
+    Raises:
+        DataError: for frames of another size.
+
+    Example:
+        >>> EndoVis17Framed("image")({"image": torch.zeros(3, 1080, 1920)})["image"].shape
+        torch.Size([3, 1009, 1263])
+
+    Reference:
+        arXiv 1902.06426
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        *,
+        deinterlace: bool = True,
+        border: bool = False,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.deinterlace, self.window = deinterlace, _ENDOVIS17_IMAGE if border else _ENDOVIS17_CLEAN
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Treat every frame."""
+        result = dict(data)
+        row, column, height, width = self.window
+        for key in self.key_iterator(result):
+            frame = result[key]
+            if tuple(frame.shape[1:]) != _ENDOVIS17_FRAME:
+                raise DataError(
+                    f"{_name(frame, key)}: frames of EndoVis 2017 are 1080 x 1920 pixels, got {_size(frame)}"
+                )
+            if self.deinterlace:
+                even = frame[:, ::2]
+                below = torch.cat([even[:, 1:], even[:, -1:]], 1)
+                frame = torch.stack([even, (even + below) / 2], 2).flatten(1, 2)
+            frame = frame[:, row : row + height, column : column + width].clone()
+            if isinstance(frame, MetaTensor):
+                frame.meta["frame_origin_px"] = [row, column]
+            result[key] = frame
+        return result
+
+
+def _detailed(view: Tensor, side: int) -> Tensor:
+    """First row and column of the patches with the most vertical detail, at most one per cell, ``(N, 2)``."""
+    detail = view.diff(dim=0, append=view[-1:]).square()
+    energy = F.avg_pool2d(detail[None, None], side)[0, 0]
+    order = energy.flatten().argsort(descending=True)[:_PATCHES]
+    order = order[energy.flatten()[order] > 1e-8]
+    return side * torch.stack([order // energy.shape[1], order % energy.shape[1]], 1)
+
+
+def _likeness(left: Tensor, right: Tensor, corners: Tensor, ranges: tuple[int, int, int]) -> Tensor:
+    """Normalised correlation of patches with all places of their ranges, ``(N, 2 rows + 1, 2 columns + 1)``."""
+    side, rows, columns = ranges
+    padded = F.pad(right[None], (columns, columns, rows, rows))[0]
+    real = F.pad(torch.ones_like(right)[None], (columns, columns, rows, rows))[0]
+    size = (side + 2 * rows, side + 2 * columns)
+    patches = torch.stack([left[r : r + side, c : c + side] for r, c in corners.tolist()])
+    windows, inside = (
+        torch.stack([one[r : r + size[0], c : c + size[1]] for r, c in corners.tolist()])
+        for one in (padded, real)
+    )
+    patches = patches - patches.mean((1, 2), keepdim=True)
+    ones = torch.ones_like(patches[:1])
+
+    def moved(windows: Tensor, patches: Tensor) -> Tensor:
+        """Sums of products with the patches at every place."""
+        product = torch.fft.rfft2(windows) * torch.fft.rfft2(patches, s=size).conj()
+        return torch.fft.irfft2(product, s=size)[:, : 2 * rows + 1, : 2 * columns + 1]
+
+    area = side**2
+    sums = moved(windows, ones)
+    variance = (moved(windows.square(), ones) - sums.square() / area).clamp_min(1e-9 * area)
+    likeness = moved(windows, patches) / (patches.square().sum((1, 2))[:, None, None] * variance).sqrt()
+    # Places that reach beyond the view do not count.
+    return likeness.masked_fill(moved(inside, ones) < area - 0.5, -1)
+
+
+def _vertex(before: Tensor, top: Tensor, after: Tensor) -> Tensor:
+    """Where the parabola through three values has its top, from -0.5 to 0.5; 0 where a neighbour does not count."""
+    bend = before - 2 * top + after
+    found = 0.5 * (before - after) / bend.clamp_max(-1e-12)
+    return torch.where((before > -1) & (after > -1), found, 0).clamp(-0.5, 0.5)
+
+
+def _name(image: Any, key: Hashable) -> str:
+    """What to call an image in a message: the folder does not matter, and may say more than it should."""
+    path = str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else ""
+    return path.replace("\\", "/").rsplit("/", 1)[-1] or str(key)
+
+
+def _size(image: Tensor) -> str:
+    return " x ".join(str(n) for n in image.shape)
