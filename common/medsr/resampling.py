@@ -28,6 +28,9 @@ FloatArray = npt.NDArray[np.float64]
 
 INTERPOLATORS = ("nearest", "linear", "cubic")
 
+_CACHED = 2**20
+"""Numbers in a bicubic matrix that is remembered, at most."""
+
 _PAD = 12
 """Replicated slices beyond either end: the spline's memory, sqrt(3) - 2 per slice, is 1e-7 after twelve."""
 
@@ -87,7 +90,7 @@ def keys_matrix(size: int, positions: npt.ArrayLike, *, a: float = -0.5) -> Floa
     return _kernel_matrix(int(size), places, lambda t: _keys(t, a), reach=2)
 
 
-def antialiased_bicubic_matrix(size: int, new_size: int) -> FloatArray:
+def antialiased_bicubic_matrix(size: int, new_size: int, rows: slice | None = None) -> FloatArray:
     """Matrix of MATLAB's ``imresize(..., "bicubic")`` along one axis, the degradation of the benchmarks.
 
     Keys' kernel with a = -0.5, widened by ``size / new_size`` when the axis shrinks so that nothing folds back,
@@ -98,9 +101,10 @@ def antialiased_bicubic_matrix(size: int, new_size: int) -> FloatArray:
     Args:
         size: number of pixels.
         new_size: number of pixels afterwards, on the same field of view.
+        rows: only these; the whole matrix of a large photograph takes hundreds of megabytes.
 
     Shape:
-        ``(new_size, size)``; every row sums to 1.
+        ``(new_size or as many as rows, size)``; every row sums to 1.
 
     Raises:
         SettingError: if a size is not positive.
@@ -114,16 +118,19 @@ def antialiased_bicubic_matrix(size: int, new_size: int) -> FloatArray:
     """
     if min(size, new_size) < 1:
         raise SettingError(f"an axis cannot go from {size} to {new_size} pixels; both must be 1 or more")
-    return _antialiased_bicubic_matrix(int(size), int(new_size)).copy()
+    wanted = range(int(new_size))[rows or slice(None)]
+    make = _antialiased_bicubic_rows
+    if len(wanted) * size > _CACHED:
+        return make.__wrapped__(int(size), int(new_size), wanted)
+    return make(int(size), int(new_size), wanted).copy()
 
 
-# Few: the matrices of a photograph hold tens of megabytes.
 @lru_cache(maxsize=8)
-def _antialiased_bicubic_matrix(size: int, new_size: int) -> FloatArray:
+def _antialiased_bicubic_rows(size: int, new_size: int, wanted: range) -> FloatArray:
     stretch = max(1.0, size / new_size)
     rows = _kernel_matrix(
         size,
-        slice_positions(size, new_size),
+        slice_positions(size, new_size)[wanted.start : wanted.stop : wanted.step],
         lambda t: _keys(t / stretch, -0.5),
         reach=math.ceil(2 * stretch),
         mirrored=True,

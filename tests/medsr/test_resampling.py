@@ -213,3 +213,17 @@ def test_resample_last_axis_applies_the_matrix_in_float32():
 def test_an_unknown_interpolation_is_named():
     with pytest.raises(SettingError, match="nearest, linear, cubic, got 'lanczos'"):
         interpolation_matrix(4, [1.0], kind="lanczos")
+
+
+@pytest.mark.parametrize(("size", "new_size"), [(16, 5), (5, 16), (7, 7)])
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(2, None), slice(1, 5, 2), slice(3, 100)])
+def test_rows_of_the_bicubic_matrix_are_those_of_the_whole(size, new_size, rows):
+    whole = antialiased_bicubic_matrix(size, new_size)
+    np.testing.assert_array_equal(antialiased_bicubic_matrix(size, new_size, rows), whole[rows])
+
+
+def test_large_bicubic_matrices_are_not_kept():
+    rows = slice(0, 4)
+    first, again = (antialiased_bicubic_matrix(2**19, 2**17, rows) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (4, 2**19)

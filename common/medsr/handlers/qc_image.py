@@ -108,7 +108,7 @@ def _view(
     (height, width), scale = high.shape[1:], high.shape[-1] // low.shape[-1]
     at_rows, at_columns = (torch.arange(n)[part] // scale for n, part in ((height, rows), (width, columns)))
     matrices = (
-        torch.from_numpy(antialiased_bicubic_matrix(old, new)[part]).float()
+        torch.from_numpy(antialiased_bicubic_matrix(old, new, part)).float()
         for old, new, part in ((low.shape[1], height, rows), (low.shape[2], width, columns))
     )
     down, across = matrices

@@ -34,6 +34,9 @@ __all__ = [
 
 ROUNDINGS = ("none", "end", "between")
 
+_COLUMNS = 1024
+"""Columns of a block of a band."""
+
 _ON_GRID = 1e-3
 """Grey levels within which a value counts as read from an 8-bit file; k/255 in float32 misses k by 1e-5."""
 _TIE = 1e-9
@@ -111,7 +114,8 @@ def bicubic_resize(image: Tensor, size: tuple[int, int], *, rounding: str = "non
 def bicubic_bands(image: Tensor, size: tuple[int, int], *, rows: int = 256) -> Iterator[tuple[int, Tensor]]:
     """The result of :func:`bicubic_resize` without rounding, some rows at a time: for photographs of many megapixels.
 
-    Only the source rows that a band needs are taken up to float32, so that a large image may lie in half precision.
+    Only the source pixels that a block of a band needs are taken up to float32, so that a large image may lie in half
+    precision.
 
     Args:
         image: floating point, any precision.
@@ -125,14 +129,22 @@ def bicubic_bands(image: Tensor, size: tuple[int, int], *, rows: int = 256) -> I
         >>> [(first, tuple(band.shape)) for first, band in bicubic_bands(torch.rand(3, 8, 8), (5, 4), rows=3)]
         [(0, (3, 3, 4)), (3, (3, 2, 4))]
     """
-    down = antialiased_bicubic_matrix(image.shape[-2], size[0])
-    across = torch.from_numpy(antialiased_bicubic_matrix(image.shape[-1], size[1])).float().T
+    columns = [_needed(image.shape[-1], size[1], first, _COLUMNS) for first in range(0, size[1], _COLUMNS)]
     for first in range(0, size[0], rows):
-        part = down[first : first + rows]
-        needed = np.flatnonzero(part.any(axis=0))
-        low, high = int(needed[0]), int(needed[-1]) + 1
-        weights = torch.from_numpy(part[:, low:high]).float()
-        yield first, weights @ image[..., low:high, :].float() @ across
+        lines, down = _needed(image.shape[-2], size[0], first, rows)
+        source = image[..., lines, :]
+        yield (
+            first,
+            torch.cat([down @ source[..., part].float() @ across.T for part, across in columns], dim=-1),
+        )
+
+
+def _needed(size: int, new_size: int, first: int, count: int) -> tuple[slice, Tensor]:
+    """Pixels of an axis that some new pixels are made of, and their weights ``(new, old)``."""
+    matrix = antialiased_bicubic_matrix(size, new_size, slice(first, first + count))
+    needed = np.flatnonzero(matrix.any(axis=0))
+    part = slice(int(needed[0]), int(needed[-1]) + 1)
+    return part, torch.from_numpy(matrix[:, part]).float()
 
 
 def modcrop(image: Tensor, scale: int) -> Tensor:

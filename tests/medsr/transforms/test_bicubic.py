@@ -285,3 +285,9 @@ def test_bands_of_a_half_precision_image_are_float32():
     ((_, band),) = bicubic_bands(image, (12, 8))
     assert band.dtype == torch.float32
     assert torch.allclose(band, bicubic_resize(image.float(), (12, 8)), atol=1e-6)
+
+
+def test_bands_wider_than_a_block_have_no_seam():
+    image = torch.rand(2, 6, 2600, generator=torch.Generator().manual_seed(0))
+    bands = torch.cat([band for _, band in bicubic_bands(image, (3, 1300), rows=2)], dim=-2)
+    assert torch.allclose(bands, bicubic_resize(image, (3, 1300)), atol=1e-6)
