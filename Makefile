@@ -19,8 +19,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(STAMP) ## sharpen a thick-slice brain MRI, from file to figure
+demo: $(STAMP) ## sharpen a thick-slice brain MRI and a retina, from file to figure
 	@$(PY) docs/demo/mni152.py
+	@echo
+	@$(PY) docs/demo/retina.py
 
 test: $(STAMP) ## all tests and all docstring examples
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile --doctest-modules tests common/medsr
@@ -49,7 +51,10 @@ format: $(STAMP) ## rewrite Python and bundle JSON in the house style
 
 bench: $(STAMP) ## quality and speed, baselines beside them in the same run
 	@$(PY) -m benchmarks.quality.superres
+	@$(PY) -m benchmarks.quality.fundus
+	@$(PY) -m benchmarks.quality.sisr
 	@$(PY) -m benchmarks.speed.slice_sr
+	@$(PY) -m benchmarks.speed.image_sr
 
 clean: ## remove environments, caches and outputs
 	@rm -rf .venv $(LABEL) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo runs common/*.egg-info bundles/*/eval bundles/*/runs

@@ -38,6 +38,8 @@ TEST = {
 }
 """Reduction of each test image; CHASE_DB1 and DRIVE are cameras that training does not see."""
 
+PARTS = {"train": TRAIN, "test": {name: (by,) for name, by in TEST.items()}}
+
 
 def main() -> None:
     """Write ``train/`` and ``test/``."""
@@ -45,13 +47,17 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
     arguments = parser.parse_args()
-    source = arguments.data / "retina"
-    for part, wanted in (("train", TRAIN), ("test", {name: (by,) for name, by in TEST.items()})):
-        folder = probe_folder(arguments.output / part)
-        for name, factors in wanted.items():
-            for factor in factors:
-                reduce(source / name, folder, factor)
-        print(f"{part}: {sum(map(len, wanted.values()))} images in {folder}")
+    for part in PARTS:
+        print(f"{part}: {write_part(part, arguments.output, arguments.data)}")
+
+
+def write_part(part: str, output: Path, data: Path) -> Path:
+    """Write ``train/`` or ``test/`` below a folder, and return it."""
+    folder = probe_folder(output / part)
+    for name, factors in PARTS[part].items():
+        for factor in factors:
+            reduce(data / "retina" / name, folder, factor)
+    return folder
 
 
 def reduce(path: Path, folder: Path, factor: float) -> None:
