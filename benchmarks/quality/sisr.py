@@ -39,12 +39,14 @@ if TYPE_CHECKING:
 
 SCALE = 4
 BICUBIC = "bicubic"
-BUNDLES = {
-    "VDSR": "image_vdsr_superres",
-    "SRGAN": "image_srgan_superres",
-    "FMEN": "image_fmen_superres",
-    "SE-GAN": "retina_segan_superres",
+BUNDLES: dict[str, tuple[str, list[str]]] = {
+    "VDSR": ("image_vdsr_superres", []),
+    "SRResNet": ("image_srgan_superres", ["fidelity.json"]),
+    "SRGAN": ("image_srgan_superres", []),
+    "FMEN": ("image_fmen_superres", []),
+    "SE-GAN": ("retina_segan_superres", []),
 }
+"""Bundle and overlays of each method; SRResNet is SRGAN before it met the discriminator."""
 TIMED = "baby"
 """Image on which time and memory are taken, if it is there; else the first."""
 
@@ -107,7 +109,7 @@ def compare(folder: Path, *, report: Path | None, out: Path | None, rounds: int 
     )
     rows = []
     for method in (BICUBIC, *BUNDLES):
-        row: dict[str, Any] = {"method": method, "bundle": BUNDLES.get(method)}
+        row: dict[str, Any] = {"method": method, "bundle": BUNDLES.get(method, (None,))[0]}
         rows.append(row)
         if method in missing:
             row["missing"] = missing[method]
@@ -138,16 +140,23 @@ def compare(folder: Path, *, report: Path | None, out: Path | None, rounds: int 
 def shipped_networks() -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Networks of the bundles that are there, and why the others are not."""
     found, missing = {}, {}
-    there = {bundle.name: bundle.root for bundle in catalog.list_bundles()}
-    for method, name in BUNDLES.items():
+    there = {bundle.name for bundle in catalog.list_bundles()}
+    for method, (name, _) in BUNDLES.items():
         if name not in there:
             missing[method] = f"there is no bundle {name}"
             continue
         try:
-            found[method] = channels_last(bundle_network(there[name])[0])
+            found[method] = shipped(method)
         except WeightsError as error:
             missing[method] = str(error)
     return found, missing
+
+
+def shipped(method: str) -> nn.Module:
+    """Network of a method with its shipped weights."""
+    name, overlays = BUNDLES[method]
+    root = catalog.bundle_root(name)
+    return channels_last(bundle_network(root, [root / "configs" / overlay for overlay in overlays])[0])
 
 
 def restorer(network: nn.Module | None) -> Restore:
@@ -160,8 +169,7 @@ def restorer(network: nn.Module | None) -> Restore:
 
 def measured(method: str, height: int, width: int) -> Callable[[], object]:
     """What is measured in a process of its own: a method, warmed up on a small image."""
-    network = None if method == BICUBIC else bundle_network(catalog.bundle_root(BUNDLES[method]))[0]
-    restore = restorer(None if network is None else channels_last(network))
+    restore = restorer(None if method == BICUBIC else shipped(method))
     restore(torch.rand(3, 16, 16))
     return _bound(restore, torch.rand(3, height, width))
 

@@ -77,7 +77,7 @@ def test_one_run_writes_page_rows_and_picture(
     out, report = tmp_path / "out", tmp_path / "page.md"
     rows = sisr.compare(images, report=report, out=out, rounds=1)
     by_method = {row["method"]: row for row in rows}
-    assert list(by_method) == ["bicubic", "VDSR", "SRGAN", "FMEN", "SE-GAN"]
+    assert list(by_method) == ["bicubic", "VDSR", "SRResNet", "SRGAN", "FMEN", "SE-GAN"]
     ours, bicubic = by_method["SE-GAN"], by_method["bicubic"]
     assert (ours["input"], ours["output"]) == ([14, 17], [56, 68])
     network = SEGenerator(**NETWORKS["retina_segan_superres"][1])
@@ -92,7 +92,7 @@ def test_one_run_writes_page_rows_and_picture(
     assert "there is no bundle" in by_method["FMEN"]["missing"]
     text = report.read_text()
     assert text in capsys.readouterr().out
-    assert text.count("not measured: ") == 3
+    assert text.count("not measured: ") == 4
     assert str(tmp_path) not in text
     assert json.loads((out / "sisr.json").read_text())["rows"] == rows
     with Image.open(out / "sisr.png") as picture:
