@@ -41,7 +41,7 @@ class CaseDataset(Dataset):
     """A dataset whose unreadable items become ``{"case": name, "error": reason}`` instead of ending the run.
 
     Args:
-        data: items with the keys ``image`` and ``case``.
+        data: items with the keys ``image`` and ``case``; one with the key ``error`` is known to be bad already.
         transform: the preprocessing.
 
     Example:
@@ -56,6 +56,8 @@ class CaseDataset(Dataset):
 
     def _transform(self, index: int) -> Any:
         item = dict(self.data[index])
+        if "error" in item:
+            return {"case": item["case"], "error": item["error"]}
         try:
             return super()._transform(index)
         except Exception as error:

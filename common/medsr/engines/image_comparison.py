@@ -21,7 +21,15 @@ from medsr.metrics.image import ImageProtocol, mean_score, psnr
 from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
 from medsr.transforms.field_of_view import field_of_view
 
-__all__ = ["DEFAULT_PROTOCOLS", "ImageComparison", "image_table", "lanczos_resize"]
+__all__ = [
+    "DEFAULT_PROTOCOLS",
+    "DEGRADATION",
+    "ImageComparison",
+    "finite",
+    "image_table",
+    "lanczos_resize",
+    "refuse_other_scales",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -67,9 +75,7 @@ class ImageComparison(CaseComparison):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(cases, output)
-        wrong = [name for name, network in networks.items() if network.scale != scale]
-        if wrong:
-            raise SettingError(f"'{wrong[0]}' is a network for x{networks[wrong[0]].scale}, not for x{scale}")
+        refuse_other_scales(networks, scale)
         self.networks, self.scale = dict(networks), int(scale)
         self.protocols, self.enlarge_to = list(protocols), enlarge_to
         self.inferer, self.device = dict(inferer or {}), torch.device(device)
@@ -102,9 +108,9 @@ class ImageComparison(CaseComparison):
                         "scale": self.scale,
                         "enlarged_to": self.enlarge_to,
                         "protocol": scores["protocol"],
-                        "psnr_db": _number(scores["psnr_db"]),
-                        "ssim": _number(scores["ssim"]),
-                        "data_consistency_db": _number(psnr(again, low)),
+                        "psnr_db": finite(scores["psnr_db"]),
+                        "ssim": finite(scores["ssim"]),
+                        "data_consistency_db": finite(psnr(again, low)),
                     }
                 )
         return rows
@@ -128,8 +134,26 @@ def lanczos_resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(plane)) for plane in resized])
 
 
-def image_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def refuse_other_scales(networks: Mapping[str, nn.Module], scale: int) -> None:
+    """Refuse to compare networks of different scales.
+
+    Raises:
+        SettingError: if one is of another scale.
+
+    Example:
+        >>> refuse_other_scales({}, 4)
+    """
+    wrong = [name for name, network in networks.items() if network.scale != scale]
+    if wrong:
+        raise SettingError(f"'{wrong[0]}' is a network for x{networks[wrong[0]].scale}, not for x{scale}")
+
+
+def image_table(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, str] | None = None) -> str:
     """Means per group and over all images as a Markdown table: one line per method, one column pair per protocol.
+
+    Args:
+        rows: scores of every image by every method under every protocol.
+        extra: further keys of the rows, which do not depend on the protocol, to the titles of their columns.
 
     Example:
         >>> row = {"case": "a-1", "group": "a", "method": "bicubic", "protocol": "p", "psnr_db": 30.0, "ssim": 0.9}
@@ -144,7 +168,8 @@ def image_table(rows: Sequence[Mapping[str, Any]]) -> str:
     protocols, methods, groups = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("protocol", "method", "group")
     )
-    names = [name for protocol in protocols for name in (f"{protocol}: dB", "SSIM")]
+    extra = dict(extra or {})
+    names = [*(name for protocol in protocols for name in (f"{protocol}: dB", "SSIM")), *extra.values()]
     lines = [
         "| " + " | ".join(["group", "images", "method", *names]) + " |",
         "|---" * (3 + len(names)) + "|",
@@ -159,11 +184,19 @@ def image_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 for key, digits in (("psnr_db", 2), ("ssim", 4)):
                     score = mean_score(math.inf if row[key] is None else row[key] for row in found)
                     cells.append(f"{score.mean:.{digits}f}")
+            for key in extra:
+                known = [row[key] for row in inside if row["method"] == method and row[key] is not None]
+                cells.append(f"{mean_score(known).mean:.3f}" if known else "-")
             lines.append("| " + " | ".join([group, str(count), method, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _number(value: float | str) -> float | None:
-    """A score as JSON can hold it: None for equal images."""
+def finite(value: float | str) -> float | None:
+    """A score as JSON can hold it: None for equal images.
+
+    Example:
+        >>> finite(30.12345), finite(math.inf)
+        (30.1234, None)
+    """
     number = float(value)
     return round(number, 4) if math.isfinite(number) else None

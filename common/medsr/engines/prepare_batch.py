@@ -7,13 +7,51 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.engines import PrepareBatch
+from monai.utils import CommonKeys
 from torch import Tensor
 
 from medsr.errors import SettingError
 from medsr.transforms.labels import drawn_classes
 from medsr.transforms.thick_slices import MIN_RATIO, RandSimulateThickSlices, ThickSliceParameters
 
-__all__ = ["PrepareThickSlices"]
+__all__ = ["PreparePair", "PrepareThickSlices"]
+
+
+class PreparePair(PrepareBatch):
+    """Ask a stereo network for what its loss needs besides the image: the ``prepare_batch`` of a trainer.
+
+    ``monai.engines.PrepareBatchExtraInput`` was considered; it takes the arguments of the network from the batch.
+
+    Args:
+        parallax: argument of :class:`~medsr.networks.segsrnet.SEGSRNet`: ``maps`` for all terms of
+            :class:`~medsr.losses.stereo.StereoLoss`, ``none`` where only L1 is left.
+
+    Shape:
+        ``batch["image"]`` of ``(B, 2C, H, W)`` and ``batch["label"]`` of ``(B, 2C, scale * H, scale * W)``.
+
+    Example:
+        >>> pair = {"image": torch.rand(1, 6, 4, 6), "label": torch.rand(1, 6, 8, 12)}
+        >>> PreparePair()(pair)[2:]
+        ((), {'parallax': 'maps'})
+    """
+
+    def __init__(self, parallax: str = "maps") -> None:
+        self.parallax = parallax
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **settings: Any,
+    ) -> tuple[Tensor, Tensor, tuple[()], dict[str, str]]:
+        """Return ``(inputs, targets, args, kwargs)`` as MONAI's trainers expect."""
+        image, label = (
+            batchdata[key].to(device=device, non_blocking=non_blocking, **settings)
+            for key in (CommonKeys.IMAGE, CommonKeys.LABEL)
+        )
+        return image, label, (), {"parallax": self.parallax}
 
 
 class PrepareThickSlices:

@@ -22,7 +22,9 @@ from medsr.geometry import slice_axis
 from medsr.handlers.case_output import CaseOutput
 from medsr.io.cases import find_cases, inspect_case
 from medsr.io.images import find_images, read_image_header
+from medsr.io.stereo import find_stereo_cases
 from medsr.io.writing import probe_folder
+from medsr.transforms.stereo import refuse_unequal_views
 
 __all__ = [
     "check_settings",
@@ -32,6 +34,7 @@ __all__ = [
     "one_line_errors",
     "preflight",
     "preflight_images",
+    "preflight_pairs",
 ]
 
 _log = logging.getLogger(__name__)
@@ -108,7 +111,7 @@ def preflight(
     force: bool = False,
     output: CaseOutput | None = None,
     find: Callable[..., list[dict[str, str]]] = find_cases,
-    inspect: Callable[[str], Any] | None = None,
+    inspect: Callable[[Mapping[str, str]], Any] | None = None,
 ) -> int:
     """Check output folder, weights and the headers of all inputs before the first voxel is read.
 
@@ -123,7 +126,7 @@ def preflight(
         force: accept near-isotropic inputs.
         output: the writer of the results; results of an earlier run are then refused unless it may replace them.
         find: lists the cases behind ``dataset_dir``.
-        inspect: reads the header of an input and raises what is wrong with it; default that of volumes in slices.
+        inspect: reads the headers of a case and raises what is wrong with them; default that of volumes in slices.
 
     Returns:
         the number of usable cases.
@@ -139,7 +142,7 @@ def preflight(
     reasons = []
     for case in cases:
         try:
-            inspect(case["image"]) if inspect else _inspect_slices(case["image"], force=force)
+            inspect(case) if inspect else _inspect_slices(case["image"], force=force)
         except MedsrError as error:
             reasons.append(error)
     if len(reasons) == len(cases):
@@ -153,7 +156,23 @@ def preflight(
 
 def preflight_images(dataset_dir: str | Sequence[str], output_dir: str | Path, **checks: Any) -> int:
     """:func:`preflight` for 2D images; its other checks are taken by name."""
-    return preflight(dataset_dir, output_dir, find=find_images, inspect=read_image_header, **checks)
+    return preflight(dataset_dir, output_dir, find=find_images, inspect=_inspect_image, **checks)
+
+
+def preflight_pairs(dataset_dir: str | Sequence[str], output_dir: str | Path, **checks: Any) -> int:
+    """:func:`preflight` for stereo pairs: both views must be there, readable, and of one size and colour."""
+    return preflight(dataset_dir, output_dir, find=find_stereo_cases, inspect=_inspect_pair, **checks)
+
+
+def _inspect_image(case: Mapping[str, str]) -> None:
+    read_image_header(case["image"])
+
+
+def _inspect_pair(case: Mapping[str, str]) -> None:
+    if "error" in case:
+        raise DataError(case["error"])
+    left, right = (read_image_header(case.get(key, case["image"])) for key in ("image", "image_right"))
+    refuse_unequal_views(left.path.name, (left.channels, *left.size), (right.channels, *right.size))
 
 
 def _inspect_slices(path: str, *, force: bool) -> None:

@@ -16,12 +16,14 @@ from medsr.engines.runner import one_line_errors
 from medsr.errors import DataError, WeightsError
 from medsr.io.cases import find_cases
 from medsr.io.dicom import is_dicom_series
+from medsr.io.stereo import find_stereo_cases
 
 _log = logging.getLogger(__name__)
 
 __all__ = [
     "distributed",
     "end_process_group",
+    "pair_items",
     "rank",
     "seed_everything",
     "start_from",
@@ -78,6 +80,36 @@ def training_items(
     if misspelt or not found:
         raise DataError(f"{root.name}: no volume matches '{(misspelt or unmatched)[0]}'")
     return [{"image": path, "weight": weight} for path, weight in found.items()]
+
+
+@one_line_errors
+def pair_items(sources: str | Path | Sequence[str | Path], key: str = "label") -> list[dict[str, str]]:
+    """List the stereo pairs of a training folder as ``{key: left, f"{key}_right": right}``.
+
+    Single images lack the right view; :class:`~medsr.transforms.stereo.JoinViewsd` takes them for both. Several
+    folders may hold pairs of one name, unlike the cases of an inference.
+
+    Args:
+        sources: a folder as :func:`medsr.io.stereo.find_stereo_cases` takes it, or a list of such.
+        key: where the left view goes.
+
+    Raises:
+        DataError: if there is no image, or a view has no partner: the training set must not shrink in silence.
+
+    Example:
+        >>> pair_items("no-such-folder")
+        Traceback (most recent call last):
+        SystemExit: 2
+    """
+    if not sources:
+        raise DataError("no training pairs: set --dataset_dir to a folder of pairs, or a list of folders")
+    folders = [sources] if isinstance(sources, (str, Path)) else sources
+    found = [item for folder in folders for item in find_stereo_cases(folder)]
+    alone = [item["error"] for item in found if "error" in item]
+    if alone:
+        raise DataError(alone[0])
+    names = {"image": key, "image_right": f"{key}_right"}
+    return [{names[name]: item[name] for name in names if name in item} for item in found]
 
 
 @one_line_errors

@@ -13,7 +13,7 @@ from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding
 from medsr.transforms.bicubic import bicubic_resize
 
-__all__ = ["image_facts", "write_result"]
+__all__ = ["image_facts", "pair_facts", "write_result"]
 
 _UNCERTAINTY = ImageEncoding("PNG", 16, 1, span=1.0)
 """65535 stands for a standard deviation of 1, the whole intensity range."""
@@ -57,6 +57,18 @@ def image_facts(item: Mapping[str, Any]) -> dict[str, Any]:
         "bits": encoding.bits,
         "channels": encoding.channels,
     }
+
+
+def pair_facts(item: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`image_facts` of both views alike, and how their rows lie to each other, for the report.
+
+    ``row_offset_px`` was removed, ``row_residual_px`` is left, ``disparity_px`` is the median; all in pixels of the
+    input. The last two are missing where the views have too little in common, see
+    :class:`~medsr.transforms.stereo.AlignRowsd`.
+    """
+    meta = item["image"].meta
+    keys = ("row_offset_px", "row_residual_px", "row_patches", "disparity_px")
+    return {**image_facts(item), **{key: round(float(meta[key]), 2) for key in keys if key in meta}}
 
 
 def _plain(image: Any) -> Tensor:

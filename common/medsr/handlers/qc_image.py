@@ -53,17 +53,15 @@ def superres_image_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> 
     """
     from matplotlib.figure import Figure
 
-    low, high = (_plain(item[key]) for key in ("image", "pred"))
+    low, high = (plain(item[key]) for key in ("image", "pred"))
     height, width = high.shape[1:]
-    scale = width // low.shape[-1]
-    if scale < 1 or (height, width) != tuple(scale * n for n in low.shape[1:]):
-        raise DataError(f"a result of {tuple(high.shape)} does not belong to an input of {tuple(low.shape)}")
+    scale = scale_between(low, high)
     unsure = item.get("uncertainty")
-    row, column, side = _detail(low, scale)
+    row, column, side = detail_of(low, scale)
     step = max(1, -(-max(height, width) // LARGEST))
     # Of a large photograph no more is ever computed than what is drawn.
     views = [
-        _view(low, high, rows=rows, columns=columns, unsure=None if unsure is None else _plain(unsure))
+        view_at(low, high, rows=rows, columns=columns, unsure=None if unsure is None else plain(unsure))
         for rows, columns in (
             (slice(0, height, step), slice(0, width, step)),
             (slice(row, row + side), slice(column, column + side)),
@@ -84,24 +82,33 @@ def superres_image_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> 
     for number, name in enumerate(names):
         for axis, view in zip(axes[:, number], views, strict=True):
             axis.set_axis_off()
-            drawn = _show(axis, view[number], top=top if number == len(names) - 1 else None)
+            drawn = show(axis, view[number], top=top if number == len(names) - 1 else None)
         axes[0, number].set_title(name, fontsize=9)
-        axes[0, number].add_patch(_frame(*(v / step for v in (column, row, side, side))))
+        axes[0, number].add_patch(frame(*(v / step for v in (column, row, side, side))))
     bar = figure.colorbar(drawn, ax=axes[1, -1], orientation="horizontal", fraction=0.05, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(f"{item['case']}: {low.shape[2]} x {low.shape[1]} to {width} x {height}", fontsize=10)
-    figure.supxlabel(_footer(facts), fontsize=7, color="#555555")
+    figure.supxlabel(footer(facts), fontsize=7, color="#555555")
     return figure
 
 
-def _footer(facts: Mapping[str, Any]) -> str:
+def scale_between(low: Tensor, high: Tensor) -> int:
+    """How many times larger the second image is, or the error that says that it is not."""
+    scale: int = high.shape[-1] // low.shape[-1]
+    if scale < 1 or tuple(high.shape[1:]) != tuple(scale * n for n in low.shape[1:]):
+        raise DataError(f"a result of {tuple(high.shape)} does not belong to an input of {tuple(low.shape)}")
+    return scale
+
+
+def footer(facts: Mapping[str, Any]) -> str:
+    """What is printed below a figure."""
     notes = []
     if facts.get("data_consistency_db") is not None:
         notes.append(f"made small again it differs from the input by {facts['data_consistency_db']:.1f} dB")
     return "; ".join([*notes, f"medsr {medsr.__version__}. Not for diagnosis."])
 
 
-def _view(
+def view_at(
     low: Tensor, high: Tensor, *, rows: slice, columns: slice, unsure: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Input, interpolation, result and what is unsure, at some rows and columns of the result."""
@@ -118,7 +125,7 @@ def _view(
     return low[:, at_rows][:, :, at_columns], between, result, last.float()
 
 
-def _detail(low: Tensor, scale: int) -> tuple[int, int, int]:
+def detail_of(low: Tensor, scale: int) -> tuple[int, int, int]:
     """First row, first column and side, in pixels of the result, of the square with the most edges.
 
     Beyond the strength that a tenth of the pixels reach, an edge counts no more: else the rim of a fundus photograph,
@@ -139,7 +146,8 @@ def _detail(low: Tensor, scale: int) -> tuple[int, int, int]:
     return row * step * scale, column * step * scale, side * scale
 
 
-def _show(axis: Any, values: Tensor, *, top: float | None) -> Any:
+def show(axis: Any, values: Tensor, *, top: float | None = None) -> Any:
+    """Draw an image, or with ``top`` a map from 0 to it."""
     array = values.permute(1, 2, 0).numpy()
     if top is not None:
         return axis.imshow(array[..., 0], cmap="magma", vmin=0, vmax=top, interpolation="nearest")
@@ -153,12 +161,14 @@ def _show(axis: Any, values: Tensor, *, top: float | None) -> Any:
     )
 
 
-def _frame(x: float, y: float, width: float, height: float) -> Any:
+def frame(x: float, y: float, width: float, height: float) -> Any:
+    """A rectangle that says where the detail is."""
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), width, height, fill=False, edgecolor="#56B4E9", linewidth=0.8)
 
 
-def _plain(image: Any) -> Tensor:
+def plain(image: Any) -> Tensor:
+    """The image as a tensor without metadata, on the CPU."""
     values = image.as_tensor() if hasattr(image, "as_tensor") else torch.as_tensor(image)
     return values.detach().cpu()

@@ -41,6 +41,7 @@ class ImageSuperResInferer(Inferer):
     is from that (``data_consistency_db``, and the largest difference in 255ths). Back-projection adds the enlarged
     difference, which makes them agree; it is off by default, because a network that needs it was not made for the
     image at hand. A grey image runs through a network for colour as three equal channels, whose mean is taken.
+    For stereo pairs there is :class:`~medsr.inferers.stereo_superres.StereoSuperResInferer`.
 
     Args:
         ensemble: average over the eight flips and rotations, at eight times the time; their disagreement is kept as
@@ -69,6 +70,9 @@ class ImageSuperResInferer(Inferer):
         M. Irani and S. Peleg, Improving resolution by image registration, 1991, doi:10.1016/1049-9652(91)90045-L
     """
 
+    views = 1
+    """Views that the channels of an image are of, one after the other."""
+
     def __init__(self, *, ensemble: bool = False, back_projection: int = 0, **tiles: Any) -> None:
         super().__init__()
         if int(back_projection) != back_projection or back_projection < 0:
@@ -83,10 +87,10 @@ class ImageSuperResInferer(Inferer):
         """Super-resolve the first (only) image of the batch; other arguments are ignored."""
         image = (inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs).float()
         channels = image.shape[1]
-        if channels not in (1, network.in_channels):
+        if channels not in (self.views, network.in_channels):
             raise DataError(f"the image has {channels} channels, the network takes {network.in_channels}")
         low, warnings = image.cpu(), []
-        result = self._run(image.expand(-1, network.in_channels, -1, -1), network, grey=channels == 1)
+        result = self._run(image, network)
         if channels < network.in_channels:
             warnings.append("grey image, network for colour: its three equal channels were averaged")
         for _ in range(self.back_projection):
@@ -95,11 +99,10 @@ class ImageSuperResInferer(Inferer):
         result.clamp_(0, 1)
         self._last.uncertainty = getattr(self.inferer, "uncertainty", None)
         difference = _small(result, low) - low
-        error = float(difference.square().mean(dtype=torch.float64))
         self.facts = {
             **self.inferer.facts,
             "scale": network.scale,
-            "data_consistency_db": round(-10 * math.log10(error), 2) if error > 0 else None,
+            **self._consistency(difference),
             "data_consistency_max_255ths": round(255 * float(difference.abs().max()), 2),
             "back_projection": self.back_projection,
             "ensemble": self.ensemble,
@@ -109,16 +112,21 @@ class ImageSuperResInferer(Inferer):
             self.facts["notice"] = f"not for diagnosis: at x{network.scale} most detail is estimated"
         return result
 
-    def _run(self, image: Tensor, network: _Network, *, grey: bool) -> Tensor:
-        height, width = (network.scale * n for n in _size(image))
+    def _consistency(self, difference: Tensor) -> dict[str, Any]:
+        """How far the result, made small again, is from the input."""
+        return {"data_consistency_db": decibels(difference)}
+
+    def _run(self, image: Tensor, network: _Network) -> Tensor:
+        channels, (height, width) = image.shape[1], (network.scale * n for n in _size(image))
+        # Grey views run as equal channels, whose mean is taken.
+        image = image[:, :, None].expand(-1, -1, network.in_channels // channels, -1, -1).flatten(1, 2)
         if isinstance(self.inferer, DihedralEnsemble):
-            found = self.inferer(image, network)
-            return found.mean(1, keepdim=True) if grey else found
+            return _averaged(self.inferer(image, network), channels)
         dtype = torch.float32 if height * width <= LARGEST_FLOAT32 else torch.float16
-        result = torch.empty(1, 1 if grey else network.in_channels, height, width, dtype=dtype)
+        result = torch.empty(1, channels, height, width, dtype=dtype)
 
         def place(row: int, column: int, part: Tensor) -> None:
-            kept = part.mean(1, keepdim=True) if grey else part
+            kept = _averaged(part, channels)
             result[..., row : row + part.shape[-2], column : column + part.shape[-1]] = kept
 
         self.inferer.stream(image, network, place)
@@ -128,6 +136,17 @@ class ImageSuperResInferer(Inferer):
     def uncertainty(self) -> Tensor | None:
         """Disagreement of the ensemble for this thread's last image, ``(1, 1, s * H, s * W)``; None without one."""
         return getattr(self._last, "uncertainty", None)
+
+
+def _averaged(image: Tensor, channels: int) -> Tensor:
+    """The means of as many groups of channels."""
+    return image if image.shape[1] == channels else image.unflatten(1, (channels, -1)).mean(2)
+
+
+def decibels(difference: Tensor) -> float | None:
+    """Peak signal-to-noise ratio of a difference of intensities in [0, 1]; None where there is none."""
+    error = float(difference.square().mean(dtype=torch.float64))
+    return round(-10 * math.log10(error), 2) if error > 0 else None
 
 
 def _size(image: Tensor) -> tuple[int, int]:

@@ -25,7 +25,7 @@ _TRIAL = 64
 
 
 class _Network(Protocol):
-    """What is asked of a network; ``squeeze`` and ``gated_halo`` only of those that no finite halo makes exact."""
+    """What is asked of a network; ``squeeze`` and a gated halo only of those that no finite halo makes exact."""
 
     scale: int
     size_multiple: int | Sequence[int]
@@ -33,6 +33,7 @@ class _Network(Protocol):
     half_precision_safe: bool
 
     gated_halo: int
+    gated_row_halo: int
 
     def __call__(self, image: Tensor, statistics: list[Tensor] | None = None) -> Tensor: ...
 
@@ -83,18 +84,20 @@ class TileInferer(Inferer):
     - a network with an ``exact_halo`` runs in tiles that read so many pixels around them;
     - a network with squeeze-and-excitation gates has no exact halo, since its gates see means over the whole image.
       Passes over the tiles find these means: the first with gates that see the tile's own means, each further one
-      with the means of the one before, until they stay. A last pass with the means of the whole image writes.
+      with the means of the one before, until they stay. A last pass with the means of the whole image writes;
+    - a network whose pixels see their whole row besides (``gated_row_halo``), as those of stereo pairs do, runs in
+      bands of whole rows, with the same passes.
 
     All windows of an image have one size. At the border of the image they are shifted inwards, so that they end
     where the image ends and the network pads there as it does for the whole image.
 
-    ``facts`` holds what the report needs about the last image: ``mode`` (``whole``, ``tiles`` or ``gated tiles``),
-    ``tiles``, ``passes`` over them (the one that writes included), ``precision`` and ``warnings``; for gated tiles
-    ``statistics_error`` as well, which is compared with ``tolerance``.
+    ``facts`` holds what the report needs about the last image: ``mode`` (``whole``, ``tiles``, ``gated tiles`` or
+    ``gated bands``), ``tiles``, ``passes`` over them (the one that writes included), ``precision`` and ``warnings``;
+    for gated ones ``statistics_error`` as well, which is compared with ``tolerance``.
 
     Args:
-        tile: side of a tile without its halo, in pixels of the input, at most; rounded down to the network's
-            ``size_multiple``.
+        tile: side of a tile, or height of a band, without its halo, in pixels of the input, at most; rounded down to
+            the network's ``size_multiple``.
         max_whole: largest number of pixels of the result that are computed at once. A
             :class:`~medsr.networks.se_gan.SEGenerator` takes about 630 bytes for each in float32, 2.6 GB at the
             default. Where tiles with their halos would exceed it, they are made smaller, though not smaller than 32
@@ -200,7 +203,7 @@ class TileInferer(Inferer):
             facts["precision"] = str(dtype).removeprefix("torch.")
             batches = _batches(tiles, self.batch)
             statistics = None
-            if mode == "gated tiles":
+            if mode.startswith("gated"):
                 statistics = self._statistics(padded, network, batches, dtype=dtype, facts=facts)
             for batch in self._progress(batches, "super-resolution"):
                 given = () if statistics is None else (_repeated(statistics, len(batch)),)
@@ -220,19 +223,26 @@ class TileInferer(Inferer):
         pixels = height * width * network.scale**2
         if pixels <= self.max_whole:
             return "whole", [_Tile(*(_spans(size, size, 0)[0] for size in (height, width)))]
-        mode, halo = "tiles", network.exact_halo
+        mode, halo, affordable = (
+            "tiles",
+            network.exact_halo,
+            isqrt(self.max_whole // self.batch) // network.scale,
+        )
+        if halo is None and hasattr(network, "squeeze"):
+            mode, halo = "gated tiles", getattr(network, "gated_halo", None)
+            if halo is None:
+                mode, halo = "gated bands", getattr(network, "gated_row_halo", None)
+                affordable = self.max_whole // (self.batch * width * network.scale**2)
         if halo is None:
-            if not hasattr(network, "squeeze") or getattr(network, "gated_halo", None) is None:
-                raise SettingError(
-                    f"{type(network).__name__} cannot run in tiles, and the result of {height} x {width} pixels has "
-                    f"{pixels}: use a smaller image, or max_whole={pixels} if there is memory"
-                )
-            mode, halo = "gated tiles", network.gated_halo
-        affordable = isqrt(self.max_whole // self.batch) // network.scale - 2 * halo
-        tile = min(self.tile, max(affordable, _SMALLEST_TILE))
+            raise SettingError(
+                f"{type(network).__name__} cannot run in tiles, and the result of {height} x {width} pixels has "
+                f"{pixels}: use a smaller image, or max_whole={pixels} if there is memory"
+            )
+        tile = min(self.tile, max(affordable - 2 * halo, _SMALLEST_TILE))
+        sides = (tile, width if mode == "gated bands" else tile)
         rows, columns = (
-            _spans(size, tile, halo, multiple=multiple)
-            for size, multiple in zip((height, width), _multiples(network), strict=True)
+            _spans(size, side, halo, multiple=multiple)
+            for size, side, multiple in zip((height, width), sides, _multiples(network), strict=True)
         )
         return mode, [_Tile(row, column) for row in rows for column in columns]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from medsr.errors import DataError
 from medsr.io.images import find_images
 
-__all__ = ["StereoCalibration", "find_stereo_pairs", "read_calibration"]
+__all__ = ["StereoCalibration", "find_stereo_cases", "find_stereo_pairs", "read_calibration"]
 
 _FOLDERS = (("left", "right"), ("left_frames", "right_frames"))
 _SIDE = re.compile(r"^(?:(?P<case>.*)[_-])?(?P<side>left|right)$", re.IGNORECASE)
@@ -128,16 +129,52 @@ def find_stereo_pairs(source: PathLike, right: PathLike | None = None) -> list[d
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder.name}: no such folder; a folder of stereo pairs is needed")
-    if right is None:
-        for names in _FOLDERS:
-            inside = [folder / name for name in names]
-            if inside[0].is_dir() and inside[1].is_dir():
-                return _paired(
-                    *({item["case"]: item["image"] for item in find_images(one)} for one in inside)
-                )
-        return _paired(*_by_name(folder))
-    sides = [{item["case"]: item["image"] for item in find_images(one)} for one in (folder, Path(right))]
-    return _paired(*sides)
+    if right is not None:
+        return _paired(_by_case(folder), _by_case(Path(right)))
+    return _paired(*(_view_folders(folder) or _by_name(folder)))
+
+
+def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
+    """List what is to be enlarged: pairs, images without a second view, and views that lost their partner.
+
+    :func:`find_stereo_pairs` refuses a folder for one bad pair, as training needs it. Here every case gets its item,
+    so that a run can go on with the others:
+
+    - a pair: ``{"image": left, "image_right": right, "case": name}``, known by place or name as there;
+    - an image that is named neither left nor right: ``{"image": path, "case": name}``;
+    - a view whose partner is missing: ``{"image": path, "case": name, "error": what is missing}``.
+
+    Args:
+        source: an image, a folder, or a list of these; both views of a pair may be named one by one.
+
+    Raises:
+        DataError: if there is no image, or two cases have one name.
+
+    Example:
+        >>> find_stereo_cases("no-such-folder")
+        Traceback (most recent call last):
+        medsr.errors.DataError: no-such-folder: no such file or folder
+    """
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    if not sources:
+        raise DataError("the list of inputs is empty; give images or a folder")
+    items: list[dict[str, str]] = []
+    files: dict[Path, list[dict[str, str]]] = {}
+    for path in (Path(one).expanduser() for one in sources):
+        inside = _view_folders(path)
+        if inside is not None:
+            items += _cases(*inside)
+            continue
+        for item in find_images(path):
+            files.setdefault(Path(item["image"]).parent, []).append(item)
+    for folder, found in files.items():
+        alone = [item for item in found if _SIDE.match(item["case"]) is None]
+        items += [*_cases(*_sides(folder, [item for item in found if item not in alone])), *alone]
+    names = [item["case"].casefold() for item in items]
+    twice = [item["case"] for item in items if names.count(item["case"].casefold()) > 1]
+    if twice:
+        raise DataError(f"two inputs have the case name {twice[0]}; rename one of them")
+    return sorted(items, key=lambda item: item["case"])
 
 
 def read_calibration(path: PathLike) -> StereoCalibration:
@@ -175,9 +212,29 @@ def read_calibration(path: PathLike) -> StereoCalibration:
         raise DataError(f"{path.name}: an entry cannot be read; export the calibration again") from None
 
 
-def _by_name(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+_Sides = tuple[dict[str, str], dict[str, str]]
+"""Files of the left and of the right views by case."""
+
+
+def _by_case(folder: Path) -> dict[str, str]:
+    return {item["case"]: item["image"] for item in find_images(folder)}
+
+
+def _view_folders(folder: Path) -> _Sides | None:
+    """The views in the two folders inside, if they are there."""
+    for left, right in _FOLDERS:
+        if (folder / left).is_dir() and (folder / right).is_dir():
+            return _by_case(folder / left), _by_case(folder / right)
+    return None
+
+
+def _by_name(folder: Path) -> _Sides:
+    return _sides(folder, find_images(folder))
+
+
+def _sides(folder: Path, items: Sequence[dict[str, str]]) -> _Sides:
     sides: dict[str, dict[str, str]] = {"left": {}, "right": {}}
-    for item in find_images(folder):
+    for item in items:
         match = _SIDE.match(item["case"])
         if match is None:
             raise DataError(
@@ -192,12 +249,25 @@ def _by_name(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _paired(left: dict[str, str], right: dict[str, str]) -> list[dict[str, str]]:
-    alone = sorted(set(left) ^ set(right))
+    items = _cases(left, right)
+    alone = [item["error"] for item in items if "error" in item]
     if alone:
-        missing = "right" if alone[0] in left else "left"
         more = f" (and {len(alone) - 1} more without a partner)" if alone[1:] else ""
-        raise DataError(f"{alone[0]}: there is no {missing} view{more}")
-    return [{"image": left[case], "image_right": right[case], "case": case} for case in sorted(left)]
+        raise DataError(f"{alone[0]}{more}")
+    return items
+
+
+def _cases(left: dict[str, str], right: dict[str, str]) -> list[dict[str, str]]:
+    """An item for every case, see :func:`find_stereo_cases`."""
+    items = []
+    for case in sorted({*left, *right}):
+        if case in left and case in right:
+            items.append({"image": left[case], "image_right": right[case], "case": case})
+            continue
+        missing = "right" if case in left else "left"
+        path = left.get(case) or right[case]
+        items.append({"image": path, "case": case, "error": f"{case}: there is no {missing} view"})
+    return items
 
 
 def _endovis(text: str) -> StereoCalibration:

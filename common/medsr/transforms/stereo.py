@@ -9,7 +9,7 @@ wide as the largest disparity and half as much again: 32 x 160 pixels of the coa
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +28,13 @@ __all__ = [
     "EndoVis17Framed",
     "JoinViewsd",
     "RandChannelOrderd",
+    "RandDisparityd",
     "RandSwapFlipd",
     "RowMatch",
     "SplitFramed",
+    "SplitViewsd",
     "match_rows",
+    "refuse_unequal_views",
 ]
 
 _log = logging.getLogger(__name__)
@@ -56,12 +59,13 @@ class JoinViewsd(MapTransform):
     """Join two views to a pair.
 
     ``monai.transforms.ConcatItemsd`` was considered; it does not tell which views do not fit together. The pair
-    keeps the metadata of the left view.
+    keeps the metadata of the left view. An image without a second view becomes a pair of the same view twice, which
+    is noted.
 
     Args:
         keys: left views; each is replaced by its pair.
         right_keys: right views, one for each key; they are removed.
-        channels: channels of a view; grey views are repeated if these are 3.
+        channels: channels of a view; grey views are repeated if these are 3. None leaves the views as they are.
 
     Shape:
         two ``(C, H, W)`` to ``(2 * channels, H, W)``.
@@ -75,10 +79,14 @@ class JoinViewsd(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection = "image", right_keys: KeysCollection = "image_right", *, channels: int = 3
+        self,
+        keys: KeysCollection = "image",
+        right_keys: KeysCollection = "image_right",
+        *,
+        channels: int | None = 3,
     ) -> None:
         super().__init__(keys)
-        self.right_keys, self.channels = ensure_tuple(right_keys), int(channels)
+        self.right_keys, self.channels = ensure_tuple(right_keys), channels
         if len(self.right_keys) != len(self.keys):
             raise SettingError(
                 f"as many right_keys as keys are needed, got {self.right_keys} for {self.keys}"
@@ -88,17 +96,68 @@ class JoinViewsd(MapTransform):
         """Join the views."""
         result = dict(data)
         for key, right_key in self.key_iterator(result, self.right_keys):
-            left, right = result[key], result.pop(right_key)
-            if left.shape != right.shape:
-                raise DataError(
-                    f"{_name(left, key)}: the left view is {_size(left)}, the right one {_size(right)}; both must be "
-                    "of one size and colour"
-                )
-            if len(left) not in (1, self.channels):
-                raise DataError(
-                    f"{_name(left, key)}: views of {len(left)} channels; {self.channels} are needed"
-                )
-            result[key] = torch.cat([one.expand(self.channels, -1, -1) for one in (left, right)])
+            left = result[key]
+            alone = right_key not in result
+            right = left if alone else result.pop(right_key)
+            refuse_unequal_views(_name(left, key), left.shape, right.shape)
+            channels = len(left) if self.channels is None else self.channels
+            if len(left) not in (1, channels):
+                raise DataError(f"{_name(left, key)}: views of {len(left)} channels; {channels} are needed")
+            result[key] = torch.cat([one.expand(channels, -1, -1) for one in (left, right)])
+            if alone:
+                result[key] = _noted(result[key], ["there is no second view: the image was taken for both"])
+        return result
+
+
+def refuse_unequal_views(name: str, left: Sequence[int], right: Sequence[int]) -> None:
+    """Refuse views that are no pair.
+
+    Args:
+        name: what to call the left view.
+        left: channels, rows and columns of the left view.
+        right: those of the right view.
+
+    Raises:
+        DataError: if they differ in size or in colour.
+
+    Example:
+        >>> refuse_unequal_views("a_left.png", (3, 4, 5), (3, 4, 5))
+    """
+    if tuple(left) != tuple(right):
+        sizes = [" x ".join(str(n) for n in one) for one in (left, right)]
+        raise DataError(
+            f"{name}: the left view is {sizes[0]}, the right one {sizes[1]}; both must be of one size and colour"
+        )
+
+
+class SplitViewsd(MapTransform):
+    """Give the views of a pair keys of their own, ``<key>_left`` and ``<key>_right``.
+
+    ``monai.transforms.SplitDimd`` was considered; it makes one item per channel. The pair itself stays.
+
+    Args:
+        keys: pairs.
+        allow_missing_keys: skip items that a sample does not have.
+
+    Shape:
+        ``(2C, H, W)`` to two of ``(C, H, W)``.
+
+    Raises:
+        DataError: for an odd number of channels.
+
+    Example:
+        >>> sorted(SplitViewsd("pred")({"pred": torch.zeros(6, 4, 5)}))
+        ['pred', 'pred_left', 'pred_right']
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Split every pair."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            pair = result[key]
+            if len(pair) % 2:
+                raise DataError(f"{_name(pair, key)}: {len(pair)} channels are no pair")
+            result[f"{key}_left"], result[f"{key}_right"] = pair.chunk(2)
         return result
 
 
@@ -180,6 +239,49 @@ class RandSwapFlipd(RandomizableTransform, MapTransform):
         for key in self.key_iterator(result):
             if self._do_transform:
                 result[key] = torch.cat(result[key].flip(2).chunk(2)[::-1])
+        return result
+
+
+class RandDisparityd(RandomizableTransform, MapTransform):
+    """Move the right view of a pair of equal views to a random side, as if a flat scene had been seen by two cameras.
+
+    Stereo pairs are scarce. Single images teach a network to enlarge, and so moved to look for its matches as well.
+    Pairs of two cameras stay as they are. What leaves the view on one side comes back on the other, so that nothing
+    is made up; crops rarely show both. MONAI has no such transform.
+
+    Args:
+        keys: pairs, which all get the same.
+        largest: largest disparity, in pixels of the pair; both signs are drawn.
+        allow_missing_keys: skip items that a sample does not have.
+
+    Shape:
+        ``(2C, H, W)`` to the same.
+
+    Raises:
+        SettingError: if ``largest`` is negative.
+
+    Example:
+        >>> single = torch.arange(8.0).repeat(2, 1, 1)
+        >>> moved = RandDisparityd("image", 3).set_random_state(1)({"image": single})["image"]
+        >>> torch.equal(moved[0], single[0]), torch.equal(moved[1], single[1])
+        (True, False)
+    """
+
+    def __init__(self, keys: KeysCollection, largest: int, *, allow_missing_keys: bool = False) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, 1.0)
+        if largest < 0:
+            raise SettingError(f"largest must be >= 0 pixels, got {largest}")
+        self.largest = int(largest)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Move the right views."""
+        result = dict(data)
+        disparity = self.R.randint(-self.largest, self.largest + 1)
+        for key in self.key_iterator(result):
+            left, right = result[key].chunk(2)
+            if torch.equal(left, right):
+                result[key] = torch.cat([left, right.roll(-disparity, 2)])
         return result
 
 
@@ -384,9 +486,7 @@ class AlignRowsd(MapTransform):
                 warnings.append(f"the disparity is {found.disparity_px:g} px: the views look swapped")
         for warning in warnings:
             _log.warning("%s: %s", _name(pair, key), warning)
-        known = [line for line in str(aligned.meta.get("notes", "")).splitlines() if line]
-        aligned.meta["notes"] = "\n".join([*known, *warnings])
-        return aligned
+        return _noted(aligned, warnings)
 
 
 class EndoVis17Framed(MapTransform):
@@ -490,6 +590,14 @@ def _vertex(before: Tensor, top: Tensor, after: Tensor) -> Tensor:
     bend = before - 2 * top + after
     found = 0.5 * (before - after) / bend.clamp_max(-1e-12)
     return torch.where((before > -1) & (after > -1), found, 0).clamp(-0.5, 0.5)
+
+
+def _noted(image: Tensor, warnings: Sequence[str]) -> MetaTensor:
+    """The image with warnings added to the notes of its metadata."""
+    noted = image if isinstance(image, MetaTensor) else MetaTensor(image)
+    known = [line for line in str(noted.meta.get("notes", "")).splitlines() if line]
+    noted.meta["notes"] = "\n".join([*known, *warnings])
+    return noted
 
 
 def _name(image: Any, key: Hashable) -> str:

@@ -163,3 +163,8 @@ def test_a_chain_that_bites_its_tail_ends():
     first, second = ValueError("a"), ValueError("b")
     first.__context__, second.__context__ = second, first
     assert one_line(first) == "ValueError: b"
+
+
+def test_a_case_that_is_known_to_be_bad_is_passed_on_with_its_reason():
+    dataset = CaseDataset([{"image": "x", "case": "a", "error": "a: there is no right view"}], load)
+    assert dataset[0] == {"case": "a", "error": "a: there is no right view"}

@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from medsr.engines.image_comparison import ImageComparison, image_table, lanczos_resize
+from medsr.engines.image_comparison import (
+    ImageComparison,
+    finite,
+    image_table,
+    lanczos_resize,
+    refuse_other_scales,
+)
 from medsr.errors import SettingError
 from medsr.metrics.image import ImageProtocol
 from medsr.transforms.bicubic import bicubic_resize
@@ -91,6 +97,25 @@ def test_means_are_per_group_and_equal_images_do_not_count():
     assert math.inf == float(image_table(rows[1:2]).splitlines()[2].split("|")[4])
     with pytest.raises(SettingError, match="no rows"):
         image_table([])
+
+
+def test_further_columns_are_means_of_what_is_known():
+    row = {"group": "a", "method": "m", "protocol": "p", "psnr_db": 30.0, "ssim": 0.5}
+    rows = [{**row, "case": f"a-{n}", "more": more} for n, more in enumerate((1.0, None, 2.0))]
+    assert image_table(rows, {"more": "title"}).splitlines()[0].endswith("SSIM | title |")
+    assert image_table(rows, {"more": "title"}).splitlines()[2].endswith("| 1.500 |")
+    assert image_table(rows[1:2], {"more": "title"}).splitlines()[2].endswith("| - |")
+
+
+def test_scores_are_as_json_can_hold_them():
+    assert finite(30.12345) == 30.1234
+    assert finite(math.inf) is None
+
+
+def test_the_first_network_of_another_scale_is_named():
+    refuse_other_scales({"a": Bicubic()}, 4)
+    with pytest.raises(SettingError, match="'a' is a network for x4, not for x2"):
+        refuse_other_scales({"a": Bicubic()}, 2)
 
 
 def test_lanczos_keeps_the_channels_apart():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from medsr.engines.prepare_batch import PrepareThickSlices
+from medsr.engines.prepare_batch import PreparePair, PrepareThickSlices
 from medsr.errors import SettingError
 from medsr.geometry import slice_positions
 from medsr.transforms.thick_slices import ThickSliceParameters
@@ -166,3 +166,12 @@ def test_a_curve_changes_the_contrast_of_a_share_of_the_blocks():
     assert 0 <= float(target.min()) <= float(target.max()) <= 1
     inner = target[..., 4:-4].unflatten(-1, (-1, 4)).mean(-1)
     assert torch.allclose(inputs[..., 1:-1], inner, atol=0.02)
+
+
+@pytest.mark.parametrize("parallax", ["maps", "none"])
+def test_a_pair_comes_with_what_the_network_is_asked_for(parallax):
+    pair = {"image": torch.rand(2, 6, 4, 6), "label": torch.rand(2, 6, 8, 12), "case": ["a", "b"]}
+    image, label, args, settings = PreparePair(parallax)(pair, torch.device("cpu"))
+    assert torch.equal(image, pair["image"])
+    assert torch.equal(label, pair["label"])
+    assert (args, settings) == ((), {"parallax": parallax})

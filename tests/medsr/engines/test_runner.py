@@ -16,6 +16,7 @@ from medsr.engines.runner import (
     one_line_errors,
     preflight,
     preflight_images,
+    preflight_pairs,
 )
 from medsr.errors import DataError, GeometryError, MedsrError, OutputError, SettingError, WeightsError
 from medsr.handlers.training import save_weights
@@ -281,3 +282,21 @@ def test_images_are_checked_as_images(tmp_path, capsys):
     Image.new("CMYK", (8, 6)).save(folder / "a.jpg")
     (folder / "a.png").unlink()
     assert failure(capsys, preflight_images, str(folder), tmp_path / "out")[0] != 0
+
+
+def test_pairs_are_checked_as_pairs(tmp_path, capsys):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for name, size in (("a_left", (6, 5)), ("a_right", (6, 5)), ("b_left", (6, 5)), ("b_right", (7, 5))):
+        Image.new("RGB", size).save(folder / f"{name}.png")
+    Image.new("RGB", (6, 5)).save(folder / "c_left.png")
+    Image.new("L", (6, 5)).save(folder / "mono.png")
+    assert preflight_pairs(str(folder), tmp_path / "out") == 2
+    for name in ("a_left", "a_right", "mono"):
+        (folder / f"{name}.png").unlink()
+    status, line = failure(capsys, preflight_pairs, str(folder), tmp_path / "out")
+    assert status == DataError.exit_code
+    assert "b_left.png: the left view is 3 x 5 x 6, the right one 3 x 5 x 7" in line
+    (folder / "b_left.png").unlink()
+    (folder / "b_right.png").unlink()
+    assert "c: there is no right view" in failure(capsys, preflight_pairs, str(folder), tmp_path / "out")[1]

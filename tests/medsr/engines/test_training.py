@@ -9,6 +9,7 @@ import pytest
 import torch
 from medsr.engines import training
 from medsr.engines.training import (
+    pair_items,
     seed_everything,
     start_from,
     training_items,
@@ -224,3 +225,30 @@ def test_a_module_without_gradients_needs_no_processes():
     frozen = torch.nn.Linear(1, 1).requires_grad_(False)
     assert training.distributed(frozen, torch.device("cpu")) is frozen
     assert training.distributed(torch.nn.ReLU(), torch.device("cpu"))
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_of_several_folders_are_listed_with_single_images(tmp_path):
+    for name in ("one/a_left", "one/a_right", "two/a_left", "two/a_right", "two/alone"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    items = pair_items([tmp_path / "one", tmp_path / "two"])
+    assert [{key: Path(path).name for key, path in item.items()} for item in items] == [
+        {"label": "a_left.png", "label_right": "a_right.png"},
+        {"label": "a_left.png", "label_right": "a_right.png"},
+        {"label": "alone.png"},
+    ]
+    assert set(pair_items(tmp_path / "one", "image")[0]) == {"image", "image_right"}
+
+
+def test_a_training_view_without_partner_ends_the_run(tmp_path, capsys):
+    (tmp_path / "b_left.png").touch()
+    with pytest.raises(SystemExit):
+        pair_items(str(tmp_path))
+    assert "b: there is no right view" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pair_items("")
+    assert "set --dataset_dir" in capsys.readouterr().err

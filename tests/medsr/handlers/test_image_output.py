@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from medsr.errors import OutputError
-from medsr.handlers.image_output import image_facts, write_result
+from medsr.handlers.image_output import image_facts, pair_facts, write_result
 from medsr.io.images import read_image
 from medsr.io.loading import LoadImageFiled
 from PIL import Image
@@ -71,3 +71,15 @@ def test_a_result_that_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(OutputError):
         write_result(tmp_path / "out.png", item["pred"], item)
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_pair_says_how_its_rows_lie(tmp_path):
+    item = loaded(tmp_path / "a.png", np.zeros((5, 6, 3), np.uint8))
+    item["image"].meta |= {"row_offset_px": 2, "row_residual_px": 0.456, "disparity_px": torch.tensor(7.0)}
+    facts = pair_facts(item)
+    assert facts == {
+        **image_facts(item),
+        "row_offset_px": 2.0,
+        "row_residual_px": 0.46,
+        "disparity_px": 7.0,
+    }

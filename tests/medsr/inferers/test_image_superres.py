@@ -107,3 +107,16 @@ def test_large_results_are_kept_in_half_precision(monkeypatch):
     assert found.dtype == torch.float16
     assert float((found.float() - exact).abs().max()) < 0.3 / 255
     assert infer.facts["data_consistency_db"] > 35
+
+
+def test_the_grey_levels_of_two_views_are_not_mixed():
+    class Pairs(Bicubic):
+        in_channels = 6
+
+    class ViewInferer(ImageSuperResInferer):
+        views = 2
+
+    pair = torch.cat([photograph(1), 1 - photograph(1)], 1)
+    assert torch.allclose(ViewInferer()(pair, Pairs()), Bicubic()(pair), atol=1e-5)
+    with pytest.raises(DataError, match="1 channels"):
+        ViewInferer()(photograph(1), Pairs())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from medsr.errors import DataError
-from medsr.io.stereo import StereoCalibration, find_stereo_pairs, read_calibration
+from medsr.io.stereo import StereoCalibration, find_stereo_cases, find_stereo_pairs, read_calibration
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -213,3 +213,49 @@ def test_a_calibration_can_be_made_in_code():
     camera = np.array(MATRICES["M1"])
     made = StereoCalibration(camera, camera, np.zeros(5), np.zeros(5), np.eye(3), np.array([-1.0, 0, 0]))
     assert made.size is None
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def test_cases_are_pairs_single_images_and_views_without_partner(tmp_path):
+    for name in ("a_left", "a_right", "b_left", "c-right", "mono"):
+        save(tmp_path / f"{name}.png")
+    found = {item.pop("case"): item for item in find_stereo_cases(tmp_path)}
+    assert {case: set(item) for case, item in found.items()} == {
+        "a": {"image", "image_right"},
+        "b": {"image", "error"},
+        "c": {"image", "error"},
+        "mono": {"image"},
+    }
+    assert found["a"]["image"].endswith("a_left.png")
+    assert found["a"]["image_right"].endswith("a_right.png")
+    assert found["b"]["error"] == "b: there is no right view"
+    assert found["c"]["error"] == "c: there is no left view"
+
+
+def test_folders_of_views_lose_no_case_to_a_missing_partner(tmp_path):
+    for name in ("left/a", "right/a", "left/b"):
+        save(tmp_path / f"{name}.png")
+    whole, alone = find_stereo_cases([tmp_path])
+    assert (whole["case"], alone["error"]) == ("a", "b: there is no right view")
+    with pytest.raises(DataError, match="b: there is no right view"):
+        find_stereo_pairs(tmp_path)
+
+
+def test_views_may_be_named_one_by_one(tmp_path):
+    paths = [save(tmp_path / f"{name}.png") for name in ("x_right", "y", "x_left")]
+    assert [(item["case"], "image_right" in item) for item in find_stereo_cases(paths)] == [
+        ("x", True),
+        ("y", False),
+    ]
+    with pytest.raises(DataError, match="the list of inputs is empty"):
+        find_stereo_cases([])
+
+
+def test_two_cases_of_one_name_are_refused(tmp_path):
+    for folder in ("one", "two"):
+        save(tmp_path / folder / "left" / "a.png")
+        save(tmp_path / folder / "right" / "a.png")
+    with pytest.raises(DataError, match="two inputs have the case name a"):
+        find_stereo_cases([tmp_path / "one", tmp_path / "two"])

@@ -220,8 +220,9 @@ def test_the_means_of_bands_add_up_to_those_of_the_pair():
 def test_the_tile_inferer_runs_pairs_whole_and_refuses_to_cut_them():
     network, image = trained(tiny()), pair()
     torch.testing.assert_close(TileInferer(amp="float32")(image, network), network(image))
-    with pytest.raises(SettingError, match="SEGSRNet cannot run in tiles"):
-        TileInferer(max_whole=1)(image, network)
+    in_bands = TileInferer(amp="float32", max_whole=1)
+    torch.testing.assert_close(in_bands(image, network), network(image))
+    assert in_bands.facts["mode"] == "gated bands"
 
 
 @torch.inference_mode()

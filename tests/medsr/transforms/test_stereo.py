@@ -13,9 +13,12 @@ from medsr.transforms.stereo import (
     EndoVis17Framed,
     JoinViewsd,
     RandChannelOrderd,
+    RandDisparityd,
     RandSwapFlipd,
     SplitFramed,
+    SplitViewsd,
     match_rows,
+    refuse_unequal_views,
 )
 from monai.data import MetaTensor
 from monai.transforms import Compose, RandSpatialCropSamplesd
@@ -90,6 +93,35 @@ def test_views_that_do_not_fit_together_are_named(left, right, message):
     assert "patient" not in str(error.value)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_can_be_joined_as_they_are_and_split_again(channels):
+    left, right = torch.rand(channels, 4, 5), torch.rand(channels, 4, 5)
+    pair = JoinViewsd(channels=None)({"image": named(left), "image_right": right})["image"]
+    assert pair.shape == (2 * channels, 4, 5)
+    views = SplitViewsd("image")({"image": pair})
+    assert torch.equal(views["image_left"].as_tensor(), left)
+    assert torch.equal(views["image_right"].as_tensor(), right)
+    with pytest.raises(DataError, match="3 channels are no pair"):
+        SplitViewsd("image")({"image": torch.rand(3, 4, 5)})
+
+
+def test_an_image_without_a_second_view_is_taken_for_both():
+    image = named(torch.rand(3, 4, 5))
+    pair = JoinViewsd()({"image": image})["image"]
+    assert torch.equal(pair[:3].as_tensor(), pair[3:].as_tensor())
+    assert pair.meta["notes"].splitlines() == [
+        "lossy",
+        "there is no second view: the image was taken for both",
+    ]
+    assert image.meta["notes"] == "lossy"
+
+
+def test_views_of_two_sizes_are_refused_by_name():
+    refuse_unequal_views("a.png", (3, 4, 5), torch.Size([3, 4, 5]))
+    with pytest.raises(DataError, match=r"a\.png: the left view is 3 x 4 x 5, the right one 3 x 4 x 6"):
+        refuse_unequal_views("a.png", (3, 4, 5), (3, 4, 6))
+
+
 @pytest.mark.parametrize(("layout", "axis"), [("side_by_side", 2), ("top_bottom", 1)])
 @pytest.mark.parametrize("right_first", [False, True])
 def test_frames_are_cut_into_pairs(layout, axis, right_first):
@@ -115,6 +147,21 @@ def test_a_mirrored_pair_keeps_the_sign_of_its_disparity():
     assert match_rows(pair).disparity_px == match_rows(found).disparity_px == 5
     assert match_rows(pair.flip(2)).disparity_px == -5
     assert torch.equal(RandSwapFlipd("image", prob=1)({"image": found})["image"], pair)
+
+
+def test_equal_views_get_a_disparity_and_pairs_keep_theirs():
+    view = taken(0, 0)[:3]
+    transform = RandDisparityd(["image", "label"], 6).set_random_state(0)
+    drawn = [transform({"image": view.repeat(2, 1, 1), "label": view.repeat(2, 1, 1)}) for _ in range(12)]
+    found = [round(match_rows(one["image"]).disparity_px) for one in drawn]
+    assert min(found) < 0 < max(found)
+    assert max(map(abs, found)) <= 6
+    assert all(torch.equal(one["image"], one["label"]) for one in drawn)
+    assert all(torch.equal(one["image"][:3], view) for one in drawn)
+    pair = taken(0, 5)
+    assert torch.equal(transform({"image": pair, "label": pair})["image"], pair)
+    with pytest.raises(SettingError, match="largest"):
+        RandDisparityd("image", -1)
 
 
 @pytest.mark.parametrize("kind", [RandSwapFlipd, RandChannelOrderd])

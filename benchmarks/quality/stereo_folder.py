@@ -1,0 +1,125 @@
+"""Turn the stereo pairs of the data folder into truth with matching rows, for training and for tests.
+
+    python -m benchmarks.quality.stereo_folder OUTPUT [--data FOLDER]
+
+Three folders are written. ``train/`` holds one endoscopic sequence and a few pairs of other things; ``single/`` holds
+frames of one camera, for training as well; ``test/`` holds other scenes, one of them endoscopic and of another camera.
+Scenes are split, not frames: the ten frames of the sequence show one scene, and none of them may test what was learnt
+from the others. Motorcycle is what the demo shows, and stays out of training.
+
+Of the sequence the rows are brought to one height. Its detail is poorer from row to row than from column to column,
+which is how it was published. Frames of EndoVis 2017 are interlaced: without every second row and reduced by 2 they are
+sharp along both axes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from medsr.io.image_writing import write_image
+from medsr.io.images import ImageEncoding
+from medsr.io.loading import LoadImageFiled
+from medsr.io.writing import probe_folder
+from medsr.transforms.bicubic import bicubic_resize
+from medsr.transforms.stereo import AlignRowsd, EndoVis17Framed, JoinViewsd, SplitViewsd
+from torch import Tensor
+
+
+class Pair(NamedTuple):
+    """A left and a right view below ``stereo_endo/``, and the row in the right view minus that in the left one."""
+
+    left: str
+    right: str
+    rows: int | str = 0
+
+
+def generic(name: str, rows: int | str = 0) -> Pair:
+    """A pair of no endoscope."""
+    return Pair(f"generic/{name}_left.png", f"generic/{name}_right.png", rows)
+
+
+TRAIN = {
+    **{
+        f"davinci-{n}": Pair(f"davinci_dcssr/scene_{n}/hr0.png", f"davinci_dcssr/scene_{n}/hr1.png", 7)
+        for n in range(10)
+    },
+    **{
+        f"middlebury-{name}": generic(f"middlebury_{name}")
+        for name in ("Cloth3", "Reindeer", "Wood2", "Cones")
+    },
+    "flickr-0026": generic("flickr1024_0026", "estimate"),
+}
+"""Names and pairs; the group stands before the hyphen."""
+
+TEST = {
+    "scared-d1k1": Pair("scared_d1k1/left.png", "scared_d1k1/right.png"),
+    "middlebury-motorcycle": generic("middlebury2014_motorcycle"),
+    "kitti-000046": generic("kitti2015_000046_10"),
+}
+
+SINGLE = {
+    "endovis17": ("instrument_seg/endovis17/images", 2.0),
+    "cholec80": ("surgical_frames/cholec80_video01", 1.0),
+}
+"""Folders of single frames, below the data folder, and by what they are reduced."""
+
+
+def main() -> None:
+    """Write ``train/``, ``single/`` and ``test/``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    arguments = parser.parse_args()
+    for part, wanted in (("train", TRAIN), ("test", TEST)):
+        folder = probe_folder(arguments.output / part)
+        for name, pair in wanted.items():
+            found = write_pair(arguments.data / "stereo_endo", pair, folder / name)
+            print(f"{part} {name}: {found}")
+    folder = probe_folder(arguments.output / "single")
+    for kind, (where, factor) in SINGLE.items():
+        paths = sorted((arguments.data / where).glob("*.png"))
+        for path in paths:
+            write_frame(path, folder / f"{kind}-{path.stem}.png", factor, framed=kind == "endovis17")
+        print(f"single {kind}: {len(paths)} images")
+
+
+def write_pair(source: Path, pair: Pair, target: Path) -> str:
+    """Write both views as ``<target>_left.png`` and ``<target>_right.png``; return how their rows lie."""
+    item: dict[Any, Any] = {"image": source / pair.left, "image_right": source / pair.right}
+    transforms = (
+        LoadImageFiled(("image", "image_right")),
+        JoinViewsd(),
+        AlignRowsd("image", pair.rows),
+        SplitViewsd("image"),
+    )
+    for transform in transforms:
+        item = transform(item)
+    meta = item["image"].meta
+    for side in ("left", "right"):
+        write(target.with_name(f"{target.name}_{side}.png"), item[f"image_{side}"].as_tensor(), meta)
+    keys = ("row_offset_px", "row_residual_px", "disparity_px")
+    return ", ".join(f"{key} {float(meta[key]):.2f}" for key in keys if key in meta)
+
+
+def write_frame(path: Path, target: Path, factor: float, *, framed: bool) -> None:
+    """Write a frame of one camera, reduced; without interlaced rows and border if it is framed as EndoVis 2017."""
+    item = LoadImageFiled("image")({"image": path})
+    if framed:
+        item = EndoVis17Framed("image")(item)
+    values = item["image"].as_tensor()
+    size = tuple(round(n / factor) for n in values.shape[1:])
+    reduced = bicubic_resize(values, (size[0], size[1])).clamp(0, 1)
+    write(target, reduced, item["image"].meta)
+
+
+def write(path: Path, values: Tensor, meta: Any) -> None:
+    """Write an image as its source was encoded."""
+    write_image(path, torch.as_tensor(values).numpy(), ImageEncoding.from_meta(meta))
+
+
+if __name__ == "__main__":
+    main()
