@@ -97,7 +97,7 @@ class ImageComparison(CaseComparison):
         mask = field_of_view(sharp)
         rows = []
         for method, result in results.items():
-            again = BicubicDownsample(self.scale)(result)
+            consistency = finite(psnr(BicubicDownsample(self.scale)(result), low))
             for protocol in self.protocols:
                 scores = protocol.score(result, sharp, mask)
                 rows.append(
@@ -110,7 +110,7 @@ class ImageComparison(CaseComparison):
                         "protocol": scores["protocol"],
                         "psnr_db": finite(scores["psnr_db"]),
                         "ssim": finite(scores["ssim"]),
-                        "data_consistency_db": finite(psnr(again, low)),
+                        "data_consistency_db": consistency,
                     }
                 )
         return rows

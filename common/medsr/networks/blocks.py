@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["convolve_exactly", "without_autocast"]
+from medsr.errors import SettingError
+
+__all__ = ["border_sides", "channel_means", "convolve_exactly", "without_autocast"]
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -42,3 +45,40 @@ def convolve_exactly(conv: nn.Conv2d, features: Tensor) -> Tensor:
     exact = torch.promote_types(features.dtype, torch.float32)
     with without_autocast(features):
         return F.conv2d(features.to(exact), conv.weight.to(exact), conv.bias.to(exact), padding=conv.padding)
+
+
+def channel_means(x: Tensor) -> Tensor:
+    """Means over height and width at float32 or more: what gates see, and what is averaged over tiles.
+
+    Shape:
+        ``(B, C, H, W)`` to ``(B, C)``.
+
+    Example:
+        >>> channel_means(torch.ones(2, 3, 4, 4).bfloat16()).dtype
+        torch.float32
+    """
+    return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def border_sides(border: int | Sequence[int], size: Sequence[int]) -> tuple[int, int, int, int]:
+    """Pixels that statistics leave out at the top, at the bottom, on the left and on the right.
+
+    Args:
+        border: one number for all sides, or four.
+        size: height and width of the image.
+
+    Raises:
+        SettingError: if no pixel is left.
+
+    Example:
+        >>> border_sides(2, (8, 9))
+        (2, 2, 2, 2)
+    """
+    sides = tuple(border) if isinstance(border, Sequence) else (border,) * 4
+    height, width = size
+    if len(sides) != 4 or min(sides) < 0 or sum(sides[:2]) >= height or sum(sides[2:]) >= width:
+        raise SettingError(
+            f"border must be one or four numbers >= 0 that leave pixels of {height} x {width}, got {border}"
+        )
+    top, bottom, left, right = sides
+    return top, bottom, left, right

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from medsr.errors import SettingError
-from medsr.networks.blocks import convolve_exactly
+from medsr.networks.blocks import border_sides, channel_means, convolve_exactly
 from medsr.networks.interpolation import BicubicUpsample
 
 __all__ = ["FusionDiscriminator", "ImprovedSE", "SEGenerator"]
@@ -70,7 +70,7 @@ class ImprovedSE(nn.Module):
 
     def gate(self, x: Tensor, mean: Tensor | None = None) -> Tensor:
         """Scales ``(B or 1, channels, 1, 1)`` in the data type of ``x``; arguments as for ``forward``."""
-        mean = _channel_means(x) if mean is None else mean
+        mean = channel_means(x) if mean is None else mean
         excited = self.expand(F.relu(self.reduce(mean.to(self.reduce.weight.dtype))))
         scale = _GAIN * (_EXCITED * excited.sigmoid() + _SQUEEZED * mean.sigmoid())
         return scale.to(x.dtype)[..., None, None]
@@ -168,7 +168,7 @@ class SEGenerator(nn.Module):
                 image's own.
         """
         if statistics is None:
-            features = self._features(image, _channel_means)
+            features = self._features(image, channel_means)
         else:
             given = iter(self._checked(statistics, len(image)))
             features = self._features(image, lambda _: next(given))
@@ -193,13 +193,8 @@ class SEGenerator(nn.Module):
         Raises:
             SettingError: if no pixel is left, or the statistics do not fit.
         """
-        sides = tuple(border) if isinstance(border, Sequence) else (border,) * 4
         height, width = image.shape[-2:]
-        if len(sides) != 4 or min(sides) < 0 or sum(sides[:2]) >= height or sum(sides[2:]) >= width:
-            raise SettingError(
-                f"border must be one or four numbers >= 0 that leave pixels of {height} x {width}, got {border}"
-            )
-        top, bottom, left, right = sides
+        top, bottom, left, right = border_sides(border, (height, width))
         given = None if statistics is None else iter(self._checked(statistics, len(image)))
         found: list[Tensor] = []
 
@@ -207,7 +202,7 @@ class SEGenerator(nn.Module):
             factor = features.shape[-2] // height
             rows = slice(top * factor, (height - bottom) * factor)
             columns = slice(left * factor, (width - right) * factor)
-            found.append(_channel_means(features[..., rows, columns]))
+            found.append(channel_means(features[..., rows, columns]))
             return found[-1] if given is None else next(given)
 
         self._features(image, means)
@@ -353,11 +348,6 @@ def _he(layer: _Layer) -> _Layer:
     nn.init.kaiming_normal_(layer.weight, a=_SLOPE)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def _channel_means(x: Tensor) -> Tensor:
-    """Means over height and width, ``(B, C)``, at least float32: those of tiles are to be averaged."""
-    return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _shuffled(x: Tensor) -> Tensor:

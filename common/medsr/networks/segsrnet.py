@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import DataError, SettingError
-from medsr.networks.blocks import convolve_exactly
+from medsr.networks.blocks import border_sides, channel_means, convolve_exactly
 from medsr.networks.interpolation import BicubicUpsample
 from medsr.networks.parallax import BiPAM, ParallaxResult
 
@@ -183,7 +183,7 @@ class SEGSRNet(nn.Module):
         if parallax != "none" and self.exchange is None:
             raise SettingError("a network with cross_view=False has no parallax to return")
         if statistics is None:
-            fused, found = self._fused(image, _channel_means, parallax=parallax)
+            fused, found = self._fused(image, channel_means, parallax=parallax)
         else:
             given = iter(self._checked(statistics, len(image)))
             fused, found = self._fused(image, lambda _: _by_view(next(given)), parallax=parallax)
@@ -209,18 +209,13 @@ class SEGSRNet(nn.Module):
         Raises:
             SettingError: if no pixel is left, or the statistics do not fit.
         """
-        sides = tuple(border) if isinstance(border, Sequence) else (border,) * 4
         height, width = image.shape[-2:]
-        if len(sides) != 4 or min(sides) < 0 or sum(sides[:2]) >= height or sum(sides[2:]) >= width:
-            raise SettingError(
-                f"border must be one or four numbers >= 0 that leave pixels of {height} x {width}, got {border}"
-            )
-        top, bottom, left, right = sides
+        top, bottom, left, right = border_sides(border, (height, width))
         given = None if statistics is None else iter(self._checked(statistics, len(image)))
         found: list[Tensor] = []
 
         def means(features: Tensor) -> Tensor:
-            own = _channel_means(features[..., top : height - bottom, left : width - right])
+            own = channel_means(features[..., top : height - bottom, left : width - right])
             found.append(torch.cat(own.chunk(2), 1))
             return own if given is None else _by_view(next(given))
 
@@ -378,8 +373,3 @@ class _ASPP(nn.Module):
 def _by_view(pairs: Tensor) -> Tensor:
     """Channels ``(B, 2C, ...)`` of pairs as a batch ``(2B, C, ...)`` of views, left views first."""
     return torch.cat(pairs.chunk(2, 1))
-
-
-def _channel_means(x: Tensor) -> Tensor:
-    """Means over height and width, ``(B, C)``, at least float32: those of bands are to be averaged."""
-    return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))

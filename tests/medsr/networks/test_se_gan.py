@@ -7,6 +7,7 @@ import pytest
 import torch
 from medsr.errors import SettingError
 from medsr.networks import se_gan
+from medsr.networks.blocks import channel_means
 from medsr.networks.layout import channels_last
 from medsr.networks.se_gan import FusionDiscriminator, ImprovedSE, SEGenerator
 from medsr.resampling import antialiased_bicubic_matrix
@@ -164,7 +165,7 @@ def test_the_shuffle_is_that_of_torch_with_the_groups_of_channels_apart(order, d
 @torch.inference_mode()
 def test_a_doubling_starts_as_nearest_neighbour():
     doubling, x = tiny().doublings[0], torch.randn(1, 8, 5, 6)
-    found = doubling(x, se_gan._channel_means)
+    found = doubling(x, channel_means)
     assert torch.equal(found, found[..., ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2))
     assert float(found.std()) > 0.1
 
