@@ -18,7 +18,8 @@ import torch
 from medsr.io.image_writing import write_image
 from medsr.io.images import read_image
 from medsr.io.writing import probe_folder
-from medsr.transforms.bicubic import bicubic_resize
+
+from benchmarks.reduced import reduced
 
 IDRID = "idrid_crops/IDRiD_{:02d}.jpg"
 TRAIN = {
@@ -64,8 +65,7 @@ def reduce(path: Path, folder: Path, factor: float) -> None:
     """Write one image at one reduction, named after its camera, file and reduction."""
     loaded = read_image(path)
     camera = path.parts[-3] if path.parent.name == "images" else path.parent.name
-    size = [round(n / factor) for n in loaded.values.shape[1:]]
-    values = bicubic_resize(torch.from_numpy(loaded.values), size).clamp(0, 1).numpy()
+    values = reduced(torch.from_numpy(loaded.values), factor).numpy()
     write_image(folder / f"{camera}-{path.stem}-{factor:g}.png", values, loaded.encoding)
 
 

@@ -19,7 +19,8 @@ import torch
 from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding, read_image
 from medsr.io.writing import probe_folder
-from medsr.transforms.bicubic import bicubic_resize
+
+from benchmarks.reduced import reduced
 
 FOLDERS = {
     Path(skimage.data.__file__).parent: {
@@ -61,12 +62,10 @@ def main() -> None:
             values = torch.from_numpy(read_image(source / name).values)
             colour = values.expand(3, -1, -1)
             for factor in REDUCTIONS:
-                size = [round(n / factor) for n in colour.shape[1:]]
-                if min(size) >= SMALLEST:
-                    reduced = bicubic_resize(colour, size).clamp(0, 1).numpy()
-                    write_image(
-                        folder / f"open-{Path(name).stem}-{factor:g}.png", reduced, ImageEncoding("PNG", 8, 3)
-                    )
+                small = reduced(colour, factor)
+                if min(small.shape[1:]) >= SMALLEST:
+                    target = folder / f"open-{Path(name).stem}-{factor:g}.png"
+                    write_image(target, small.numpy(), ImageEncoding("PNG", 8, 3))
                     written += 1
     print(f"{written} images in {folder}")
 

@@ -24,9 +24,10 @@ from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding
 from medsr.io.loading import LoadImageFiled
 from medsr.io.writing import probe_folder
-from medsr.transforms.bicubic import bicubic_resize
 from medsr.transforms.stereo import AlignRowsd, EndoVis17Framed, JoinViewsd, SplitViewsd
 from torch import Tensor
+
+from benchmarks.reduced import reduced
 
 
 class Pair(NamedTuple):
@@ -110,10 +111,7 @@ def write_frame(path: Path, target: Path, factor: float, *, framed: bool) -> Non
     item = LoadImageFiled("image")({"image": path})
     if framed:
         item = EndoVis17Framed("image")(item)
-    values = item["image"].as_tensor()
-    size = tuple(round(n / factor) for n in values.shape[1:])
-    reduced = bicubic_resize(values, (size[0], size[1])).clamp(0, 1)
-    write(target, reduced, item["image"].meta)
+    write(target, reduced(item["image"].as_tensor(), factor), item["image"].meta)
 
 
 def write(path: Path, values: Tensor, meta: Any) -> None:

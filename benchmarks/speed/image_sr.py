@@ -13,7 +13,7 @@ import argparse
 import copy
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -66,12 +66,7 @@ def gated(network: SEGenerator, image: Tensor, rounds: int) -> dict[str, np.ndar
         **_openvino(network, image),
     }
     what = f"SE-GAN, {image.shape[-2]} x {image.shape[-1]} x{network.scale}"
-    with torch.inference_mode():
-        exact = contestants["eager"]()
-        for name, run in contestants.items():
-            print(
-                f"{what}: {name} differs from eager by {255 * float((run() - exact).abs().max()):.2g} of 255"
-            )
+    _print_differences(what, contestants, "eager")
     times = interleaved({**contestants, "probe": lambda: probe(block)}, rounds)
     for name in contestants:
         if name != "eager":
@@ -99,17 +94,20 @@ def fused(network: FMEN, image: Tensor, rounds: int) -> dict[str, np.ndarray]:
         "training form": lambda: training(image),
     }
     what = f"FMEN, {image.shape[-2]} x {image.shape[-1]} x{network.scale}"
-    with torch.inference_mode():
-        exact = contestants["plain NCHW"]()
-        for name, run in contestants.items():
-            print(
-                f"{what}: {name} differs from plain by {255 * float((run() - exact).abs().max()):.2g} of 255"
-            )
+    _print_differences(what, contestants, "plain NCHW")
     times = interleaved(contestants, rounds)
     print_ratio(f"{what}: fused / the same convolutions, plain, same layout", times["fused"], times["plain"])
     print_ratio(f"{what}: fused / the same convolutions, plain, NCHW", times["fused"], times["plain NCHW"])
     print_ratio(f"{what}: training form / fused", times["training form"], times["fused"])
     return times
+
+
+def _print_differences(what: str, contestants: Mapping[str, Callable[[], Tensor]], reference: str) -> None:
+    with torch.inference_mode():
+        exact = contestants[reference]()
+        for name, run in contestants.items():
+            difference = 255 * float((run() - exact).abs().max())
+            print(f"{what}: {name} differs from {reference} by {difference:.2g} of 255")
 
 
 def plain_form(network: FMEN, image: Tensor) -> Tensor:
