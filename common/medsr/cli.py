@@ -44,6 +44,9 @@ _CONVERTERS = {
     "fmen": ("medsr.networks.fmen", "convert_fmen"),
 }
 
+# Where the function is that makes a labelled folder of such a data set.
+_DATA_SETS = {"endovis17": ("medsr.io.endovis17", "prepare_endovis17")}
+
 # What a DataLoader's worker process sends of an error is the text of its traceback.
 _OURS = re.compile(r"^medsr\.errors\.(\w+): (.+)$", re.MULTILINE)
 _ORIGINAL = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*([\w.]+)(?:: (.*))?")
@@ -121,11 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="no progress, only errors")
     run.set_defaults(action=_run)
 
-    convert = commands.add_parser("convert", parents=[common], help="adapt weights published elsewhere")
-    convert.add_argument("kind", choices=_CONVERTERS, help="what the weights were made for")
-    convert.add_argument("file", metavar="FILE", type=Path)
+    convert = commands.add_parser(
+        "convert", parents=[common], help="adapt weights or data sets published elsewhere"
+    )
+    convert.add_argument("kind", choices=sorted((*_CONVERTERS, *_DATA_SETS)), help="what they are")
     convert.add_argument(
-        "-o", "--output", metavar="OUT", type=Path, required=True, help="weight file to write"
+        "source", metavar="SOURCE", type=Path, help="weight file, or folder of the data set; it is only read"
+    )
+    convert.add_argument(
+        "-o", "--output", metavar="OUT", type=Path, required=True, help="weight file or folder to write"
     )
     convert.set_defaults(action=_convert)
 
@@ -192,13 +199,25 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    if not arguments.file.is_file():
-        raise DataError(f"{arguments.file}: there is no such file")
+    convert = _convert_data_set if arguments.kind in _DATA_SETS else _convert_weights
+    convert(arguments)
+    print(f"medsr: wrote {arguments.output}")
+
+
+def _convert_data_set(arguments: argparse.Namespace) -> None:
+    with _hushed(quiet=False, verbose=arguments.verbose):
+        module, function = _DATA_SETS[arguments.kind]
+        getattr(import_module(module), function)(arguments.source, arguments.output)
+
+
+def _convert_weights(arguments: argparse.Namespace) -> None:
+    if not arguments.source.is_file():
+        raise DataError(f"{arguments.source}: there is no such file")
     with _hushed(quiet=True, verbose=arguments.verbose):
         import torch
 
         module, function = _CONVERTERS[arguments.kind]
-        state = getattr(import_module(module), function)(arguments.file)
+        state = getattr(import_module(module), function)(arguments.source)
     unfinished = arguments.output.with_name(f".{arguments.output.name}.partial")
     try:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +227,6 @@ def _convert(arguments: argparse.Namespace) -> None:
         with suppress(OSError):
             unfinished.unlink()
         raise OutputError(f"{arguments.output}: cannot be written ({error})") from error
-    print(f"medsr: wrote {arguments.output}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

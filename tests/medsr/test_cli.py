@@ -288,6 +288,26 @@ def test_convert_knows_fmen_by_its_tensors(folder: Path, capsys: pytest.CaptureF
     assert not (folder / "x.pt").exists()
 
 
+def test_convert_makes_a_folder_of_a_data_set(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    stub = types.ModuleType("medsr.io.endovis17")
+    stub.prepare_endovis17 = lambda source, output: calls.append((source, output))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "medsr.io.endovis17", stub)
+    assert cli.main(["convert", "endovis17", "published", "-o", "prepared"]) == 0
+    assert calls == [(Path("published"), Path("prepared"))]
+    assert capsys.readouterr().out == "medsr: wrote prepared\n"
+
+
+def test_convert_of_no_data_set_says_what_it_looked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["convert", "endovis17", "missing", "-o", "prepared"]) == 2
+    assert "missing: no instrument_dataset_<number> with ground_truth/ in it" in one_line(capsys)
+    assert not (folder / "prepared").exists()
+
+
 def test_convert_of_an_unknown_kind_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["convert", "vdsr", "model.pt", "-o", "x.pt"])

@@ -1,0 +1,102 @@
+"""Turn the frames of surgical instruments of the data folder into labelled folders, for training and for tests.
+
+    python -m benchmarks.quality.instrument_folder OUTPUT [--data FOLDER]
+
+``all/`` holds frames of EndoVis 2017 and of CholecSeg8k for the binary task, ``parts/`` those of EndoVis 2017 alone.
+What stands before the hyphen of a name is the source, which is one video of one patient: a split leaves out one of the
+two. Masks keep the grey values of their source where they show an instrument, so that one label map, ``LABEL_MAP``,
+reads them all. All else is 0, and 255 where nobody labelled: the border of one pixel in CholecSeg8k. The black around
+its circular image is background.
+
+All frames are about 640 pixels wide. Those of EndoVis 2017 are interlaced: they lose every second row, their border,
+and half of their pixels, which leaves them sharp along both axes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from medsr.io.image_writing import write_image
+from medsr.io.images import ImageEncoding
+from medsr.io.loading import LoadImageFiled
+from medsr.io.masks import write_mask
+from medsr.io.writing import probe_folder
+from medsr.transforms.frame_labels import IGNORED, LoadMaskd, ResizeFramed, SameSized
+from medsr.transforms.stereo import EndoVis17Framed
+
+PARTS = {"shaft": [10], "wrist": [20], "clasper": [30]}
+"""Grey values in EndoVis 2017."""
+
+INSTRUMENTS = (31, 32)
+"""Grey values of grasper and L-hook in CholecSeg8k."""
+
+LABEL_MAP = {
+    "background": [0],
+    "instrument": [*(grey for greys in PARTS.values() for grey in greys), *INSTRUMENTS],
+}
+"""What the masks of ``all/`` mean; those of ``parts/`` mean the background and ``PARTS``."""
+
+WIDTH = 640
+
+
+def main() -> None:
+    """Write ``all/`` and ``parts/``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    arguments = parser.parse_args()
+    for folder, sources in (("all", (write_endovis17, write_cholecseg8k)), ("parts", (write_endovis17,))):
+        for write in sources:
+            count = write(arguments.data / "instrument_seg", arguments.output / folder)
+            print(f"{folder} {write.__name__.removeprefix('write_')}: {count} frames")
+    print(f"label map of all/: {LABEL_MAP}, to ignore: {IGNORED}")
+
+
+def write_endovis17(data: Path, output: Path) -> int:
+    """Write the frames of EndoVis 2017, and return how many there are."""
+    paths = sorted((data / "endovis17" / "images").glob("*.png"))
+    transforms = (
+        EndoVis17Framed("image"),
+        EndoVis17Framed("label", deinterlace=False),
+        ResizeFramed("image", "label", factor=2),
+    )
+    for path in paths:
+        item = load(path, path.parents[1] / "labels_parts" / path.name)
+        for transform in transforms:
+            item = transform(item)
+        write_frame(item, output, f"endovis17-{path.stem}")
+    return len(paths)
+
+
+def write_cholecseg8k(data: Path, output: Path) -> int:
+    """Write the frames of CholecSeg8k, and return how many there are."""
+    paths = sorted((data / "cholecseg8k" / "images").glob("*.png"))
+    resize = ResizeFramed("image", "label", longest=WIDTH)
+    for path in paths:
+        item = resize(load(path, path.parents[1] / "labels_watershed" / path.name))
+        mask = item["label"].as_tensor()
+        item["label"] = mask * torch.isin(mask, torch.tensor([*INSTRUMENTS, IGNORED]))
+        write_frame(item, output, f"cholec-{path.stem.removesuffix('_endo')}")
+    return len(paths)
+
+
+def load(image: Path, label: Path) -> dict[Any, Any]:
+    """A frame with its mask."""
+    item = LoadMaskd("label")(LoadImageFiled("image")({"image": image, "label": label}))
+    return SameSized("label")(item)
+
+
+def write_frame(item: dict[Any, Any], output: Path, name: str) -> None:
+    """Write image and mask below ``images/`` and ``labels/``."""
+    image, mask = item["image"], item["label"]
+    encoding = ImageEncoding.from_meta(image.meta)
+    write_image(probe_folder(output / "images") / f"{name}.png", image.numpy(), encoding)
+    write_mask(probe_folder(output / "labels") / f"{name}.png", mask[0].numpy())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from medsr.io.masks import find_labelled_frames, read_mask
+from medsr.transforms.frame_labels import GreysToClassesd
+from PIL import Image
+
+from benchmarks.quality import instrument_folder
+
+
+def write(root: Path, labels: str, name: str, mask: np.ndarray) -> None:
+    """A frame that is white where there is an instrument, and black elsewhere."""
+    image = np.isin(mask, [10, 31])[..., None].repeat(3, 2).astype(np.uint8) * 255
+    for folder, values in (("images", image), (labels, mask)):
+        (root / folder).mkdir(parents=True)
+        Image.fromarray(values).save(root / folder / name, compress_level=1)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    mask = np.zeros((1080, 1920), dtype=np.uint8)
+    mask[400:700, 800:1300] = 10
+    write(tmp_path / "instrument_seg" / "endovis17", "labels_parts", "frame000.png", mask)
+    mask = np.full((480, 854), 50, dtype=np.uint8)
+    mask[200:300, 400:500] = 31
+    mask[[0, -1]] = mask[:, [0, -1]] = 255
+    write(tmp_path / "instrument_seg" / "cholecseg8k", "labels_watershed", "frame_1_endo.png", mask)
+    return tmp_path
+
+
+def test_frames_are_reduced_with_their_masks(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["instrument_folder", str(output), "--data", str(data)])
+    instrument_folder.main()
+    items = find_labelled_frames(output / "all")
+    assert [item["case"] for item in items] == ["cholec-frame_1", "endovis17-frame000"]
+    assert [item["case"] for item in find_labelled_frames(output / "parts")] == ["endovis17-frame000"]
+    greys = [{0, 31, 255}, {0, 10}]
+    for item, size, values in zip(items, [(360, 640), (504, 632)], greys, strict=True):
+        mask = read_mask(item["label"])
+        with Image.open(item["image"]) as picture:
+            image = np.asarray(picture)[..., 0]
+        assert mask.shape == image.shape == size
+        assert set(np.unique(mask)) == values
+        np.testing.assert_array_equal((image > 127)[2:-2, 2:-2], np.isin(mask, [10, 31])[2:-2, 2:-2])
+        GreysToClassesd("label", instrument_folder.LABEL_MAP)({"label": torch.from_numpy(mask)[None]})
+    border = read_mask(items[0]["label"]) == 255
+    assert border[[0, -1]].all()
+    assert border[:, [0, -1]].all()
+    assert not border[1:-1, 1:-1].any()
