@@ -174,7 +174,7 @@ class RunReport:
         output_dir: folder of the results.
         settings: the settings of the run that shape the result.
         config_files: configs whose SHA-256 is recorded.
-        weights: weight file whose SHA-256 is recorded.
+        weights: weight file whose SHA-256 is recorded, or several by the name under which that is done.
         output: the :class:`CaseOutput` whose file names are listed.
         describe: what to say about the sizes of a postprocessed item.
 
@@ -188,7 +188,7 @@ class RunReport:
         output_dir: str | Path,
         settings: Mapping[str, Any] | None = None,
         config_files: Sequence[str | Path] = (),
-        weights: str | Path | None = None,
+        weights: str | Path | Mapping[str, str | Path] | None = None,
         output: CaseOutput | None = None,
         *,
         describe: Callable[[Mapping[str, Any]], dict[str, Any]] = volume_facts,
@@ -196,7 +196,9 @@ class RunReport:
         self.output_dir, self.output, self.describe = Path(output_dir), output, describe
         # A file may be named, its folder not.
         self.settings = {k: Path(v).name if isinstance(v, str) else v for k, v in (settings or {}).items()}
-        self.hashes = {Path(p).name: _sha256(p) for p in [*config_files, *([weights] if weights else [])]}
+        named = weights if isinstance(weights, Mapping) else {Path(weights).name: weights} if weights else {}
+        files = {**{Path(p).name: p for p in config_files}, **named}
+        self.hashes = {name: _sha256(path) for name, path in files.items()}
         self.cases: dict[str, dict[str, Any]] = {}
         self._since = time.monotonic()
         self._device = "cpu"

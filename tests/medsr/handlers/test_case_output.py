@@ -203,6 +203,14 @@ def test_a_missing_weight_file_has_no_hash(tmp_path):
     assert RunReport(tmp_path, weights=tmp_path / "none.pt").hashes == {"none.pt": None}
 
 
+def test_weights_of_one_file_name_are_told_apart(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.pt").write_bytes(name.encode())
+    report = RunReport(tmp_path, weights={name: tmp_path / name / "model.pt" for name in ("one", "two")})
+    assert report.hashes == {name: hashlib.sha256(name.encode()).hexdigest() for name in ("one", "two")}
+
+
 def test_the_facts_of_the_inferer_are_not_used_up(tmp_path):
     engine = engine_of(item())
     RunReport(tmp_path)._record(engine)

@@ -1,0 +1,164 @@
+"""Inference of the classes of a frame of any size: scaled as in training, padded for the network, scaled back."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any, Protocol
+
+import torch
+from monai.inferers import Inferer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medsr.errors import DataError, MedsrError, SettingError
+from medsr.inferers.precision import PRECISIONS, choose_precision
+from medsr.transforms.bicubic import bicubic_resize
+
+__all__ = ["FrameSegmentationInferer"]
+
+_MIRRORED = [axes for count in (1, 2) for axes in combinations((-2, -1), count)]
+"""The three sets of axes along which a frame can be flipped."""
+
+_TRIAL = 128
+"""Side of the middle of a frame on which the precision is tried, at least."""
+
+_TOLERANCE = 0.1
+"""Difference of the logits that bfloat16 may make: rounding alone makes 0.03, a faulty kernel far more."""
+
+
+class _Network(Protocol):
+    """What is asked of a network: see :class:`~medsr.networks.spp_linknet.SPPLinkNet`."""
+
+    in_channels: int
+    size_multiple: int
+    half_precision_safe: bool
+
+    def __call__(self, image: Tensor) -> Tensor: ...
+
+
+class FrameSegmentationInferer(Inferer):
+    """Class probabilities of every pixel of frames of any size, whatever sizes the network takes.
+
+    A network knows instruments at the size that they had in training: ``longest`` brings every frame to that scale,
+    by antialiased bicubic resizing, and the probabilities back to the pixels of the frame, linearly, so that they
+    still add up to one. What is missing to the network's ``size_multiple`` is filled with the last row and column.
+
+    ``monai.inferers.SimpleInferer`` was considered: it does neither. ``monai.inferers.SlidingWindowInferer`` shows a
+    network with pyramid pooling windows where it expects the whole frame.
+
+    One logit (background or not) becomes two probabilities, so that the class of largest probability is the mask in
+    every task. ``facts`` holds what the report needs about the last batch: ``network_size`` (rows, columns) that the
+    network saw, ``padding`` (below, on the right) beside these, ``mirror``, ``precision`` and ``warnings``.
+
+    Args:
+        mirror: also run the frame flipped along each axis and along both, and average the four probabilities, at
+            four times the time.
+        amp: ``auto``, ``float32`` or ``bfloat16``, see :func:`medsr.inferers.precision.choose_precision`; networks
+            that are not ``half_precision_safe`` run in float32.
+        longest: longer side at which the network sees a frame, in pixels; None leaves frames as they are.
+
+    Shape:
+        ``(B, C, H, W)``, C = 1 or 3, intensities in [0, 1], to ``(B, K, H, W)``, float32, with K >= 2, the background
+        first.
+
+    Raises:
+        SettingError: if a setting is out of range.
+        DataError: if the frame has no pixels, or its channels do not fit the network.
+        MedsrError: if the network gives values that are not finite.
+
+    Example:
+        >>> class Bright(nn.Module):
+        ...     in_channels, size_multiple, half_precision_safe = 3, 32, True
+        ...     def forward(self, image):
+        ...         return 20 * image.mean(1, keepdim=True) - 10
+        >>> infer = FrameSegmentationInferer(longest=64)
+        >>> infer(torch.full((1, 3, 90, 120), 0.9), Bright()).argmax(1).unique().tolist()
+        [1]
+        >>> infer.facts["network_size"], infer.facts["padding"]
+        ([48, 64], [16, 0])
+    """
+
+    def __init__(self, *, mirror: bool = False, amp: str = "auto", longest: int | None = None) -> None:
+        super().__init__()
+        if amp not in PRECISIONS:
+            raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{amp}'")
+        if longest is not None and (int(longest) != longest or longest < 1):
+            raise SettingError(f"longest must be a whole number of pixels >= 1, or null, got {longest}")
+        self.mirror, self.amp = bool(mirror), amp
+        self.longest = None if longest is None else int(longest)
+        self.facts: dict[str, Any] = {}
+
+    def __call__(self, inputs: Tensor, network: _Network, *args: Any, **kwargs: Any) -> Tensor:
+        """Segment frames of one size; other arguments are ignored."""
+        if inputs.ndim != 4 or 0 in inputs.shape:
+            raise DataError(f"frames are (B, C, H, W) with pixels, got {tuple(inputs.shape)}")
+        if inputs.shape[1] not in (1, network.in_channels):
+            raise DataError(
+                f"the frame has {inputs.shape[1]} channels, the network takes {network.in_channels}"
+            )
+        if isinstance(network, nn.Module):
+            network.eval()
+        image = (inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs).float()
+        warnings = []
+        if image.shape[1] < network.in_channels:
+            image = image.expand(-1, network.in_channels, -1, -1)
+            warnings.append("grey frame, network for colour: it was given as equal channels")
+        before, size = tuple(image.shape[-2:]), self._size(image)
+        if size != before:
+            image = bicubic_resize(image, size).clamp(0, 1)
+        padding = [-length % network.size_multiple for length in size]
+        padded = F.pad(image, (0, padding[1], 0, padding[0]), mode="replicate")
+        with torch.no_grad():
+            dtype = self._precision(padded, network, warnings)
+            found = self._averaged(padded, network, dtype)[..., : size[0], : size[1]]
+            if size != before:
+                found = F.interpolate(found, before, mode="bilinear", align_corners=False, antialias=True)
+        self.facts = {
+            "network_size": list(size),
+            "padding": padding,
+            "mirror": self.mirror,
+            "precision": str(dtype).removeprefix("torch."),
+            "warnings": warnings,
+        }
+        return found
+
+    def _size(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns that the network sees."""
+        height, width = image.shape[-2:]
+        if self.longest is None:
+            return height, width
+        # As ResizeFramed, to the pixel.
+        factor = max(height, width) / self.longest
+        return max(1, round(height / factor)), max(1, round(width / factor))
+
+    def _precision(self, image: Tensor, network: _Network, warnings: list[str]) -> torch.dtype:
+        if self.amp != "float32" and not network.half_precision_safe:
+            if self.amp == "bfloat16":
+                warnings.append(f"{type(network).__name__} is not safe in bfloat16: float32 was used")
+            return torch.float32
+        # The corners of an endoscopic frame are often black: precision is tried in its middle.
+        side = -(-_TRIAL // network.size_multiple) * network.size_multiple
+        starts = [max(0, (length - side) // 2) for length in image.shape[-2:]]
+        middle = image[..., starts[0] : starts[0] + side, starts[1] : starts[1] + side]
+        return choose_precision(self.amp, network, middle, tolerance=_TOLERANCE)
+
+    def _averaged(self, image: Tensor, network: _Network, dtype: torch.dtype) -> Tensor:
+        found = _probabilities(image, network, dtype)
+        if self.mirror:
+            for axes in _MIRRORED:
+                found += _probabilities(image.flip(axes), network, dtype).flip(axes)
+            found /= 1 + len(_MIRRORED)
+        return found
+
+
+def _probabilities(image: Tensor, network: _Network, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = network(image)
+    logits = logits.float()
+    if not torch.isfinite(logits).all():
+        raise MedsrError(
+            "the network gave values that are not finite: check the image and the weights, or use amp=float32"
+        )
+    if logits.shape[1] > 1:
+        return logits.softmax(1)
+    return torch.cat([torch.sigmoid(-logits), torch.sigmoid(logits)], 1)
