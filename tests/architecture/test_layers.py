@@ -36,7 +36,7 @@ EARLIEST = {"torch": 1, "monai": 1, "nibabel": 2, "pydicom": 2, "SimpleITK": 2, 
 # Slow to import or optional: only inside the functions that need them.
 ONLY_IN_FUNCTIONS = {
     *("matplotlib", "pydicom", "SimpleITK", "itk", "nibabel", "highdicom", "nilearn"),
-    *("onnx", "onnxruntime", "openvino"),
+    *("onnx", "onnxruntime", "openvino", "av"),
 }
 
 NEVER = {"pickle", "dill", "joblib", "requests", "urllib.request", "http.client", "socket", "ftplib", "gdown"}

@@ -35,6 +35,7 @@ __all__ = [
     "SplitViewsd",
     "match_rows",
     "refuse_unequal_views",
+    "shift_rows",
 ]
 
 _log = logging.getLogger(__name__)
@@ -404,6 +405,30 @@ def match_rows(pair: Tensor, *, max_rows: int = 24, max_columns: int | None = No
     )
 
 
+def shift_rows(pair: Tensor, rows: int) -> Tensor:
+    """Bring the rows of a pair to one height; those without a partner are cut off.
+
+    Args:
+        pair: left view before right view.
+        rows: row in the right view minus row in the left view.
+
+    Shape:
+        ``(2C, H, W)`` to ``(2C, H - |rows|, W)``.
+
+    Raises:
+        SettingError: if no row is left.
+
+    Example:
+        >>> shift_rows(torch.arange(3.0).view(1, 3, 1).repeat(2, 1, 1), 1)[:, :, 0].tolist()
+        [[0.0, 1.0], [1.0, 2.0]]
+    """
+    kept = pair.shape[1] - abs(rows)
+    if kept < 1:
+        raise SettingError(f"a shift of {rows} rows leaves nothing of {pair.shape[1]}")
+    left, right = pair.chunk(2)
+    return torch.cat([left[:, max(0, -rows) :][:, :kept], right[:, max(0, rows) :][:, :kept]])
+
+
 class AlignRowsd(MapTransform):
     """Bring the rows of pairs to one height by a constant shift of whole rows, and say how well they match.
 
@@ -463,12 +488,10 @@ class AlignRowsd(MapTransform):
         pair = pair if isinstance(pair, MetaTensor) else MetaTensor(pair)
         found = match_rows(pair, max_rows=self.max_rows, max_columns=self.max_columns)
         shift = (round(found.offset_px) if found else 0) if self.rows == "estimate" else int(self.rows)
-        height = pair.shape[1]
-        if abs(shift) >= height:
-            raise DataError(f"{_name(pair, key)}: a shift of {shift} rows leaves nothing of {height}")
-        left, right = pair.chunk(2)
-        kept = height - abs(shift)
-        aligned = torch.cat([left[:, max(0, -shift) :][:, :kept], right[:, max(0, shift) :][:, :kept]])
+        try:
+            aligned = shift_rows(pair, shift)
+        except SettingError as error:
+            raise DataError(f"{_name(pair, key)}: {error}") from None
         aligned.meta["row_offset_px"] = shift
         warnings = []
         if found is None:

@@ -19,6 +19,7 @@ from medsr.transforms.stereo import (
     SplitViewsd,
     match_rows,
     refuse_unequal_views,
+    shift_rows,
 )
 from monai.data import MetaTensor
 from monai.transforms import Compose, RandSpatialCropSamplesd
@@ -333,3 +334,13 @@ def test_other_frames_are_refused():
         DataError, match=r"frame_7\.png: frames of EndoVis 2017 are 1080 x 1920 pixels, got 3 x 4 x 5"
     ):
         EndoVis17Framed("image")({"image": named(torch.rand(3, 4, 5))})
+
+
+@pytest.mark.parametrize("rows", [-3, 0, 4])
+def test_shifted_rows_meet_their_partners(rows: int) -> None:
+    # Each view says in every pixel which row of the scene it shows.
+    scene = torch.arange(20.0)[None, :, None].expand(1, 20, 5)
+    pair = torch.cat([scene, scene - rows])
+    left, right = shift_rows(pair, rows).chunk(2)
+    assert left.shape == (1, 20 - abs(rows), 5)
+    torch.testing.assert_close(left, right)
