@@ -55,6 +55,7 @@ bench: $(STAMP) ## quality and speed, baselines beside them in the same run
 	@$(PY) -m benchmarks.quality.sisr
 	@$(PY) -m benchmarks.speed.slice_sr
 	@$(PY) -m benchmarks.speed.image_sr
+	@$(PY) -m benchmarks.speed.stereo_sr
 
 clean: ## remove environments, caches and outputs
 	@rm -rf .venv $(LABEL) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo runs common/*.egg-info bundles/*/eval bundles/*/runs

@@ -1,0 +1,223 @@
+"""Memory and speed of the stereo network and of its exchange between the views, as ratios within one run.
+
+    python -m benchmarks.speed.stereo_sr [--rounds 5] [--size 512 640] [--reference-rows 64] [--scale 2]
+
+The exchange (biPAM) is measured on features of the small pair, in float32 and on one thread. Its reference path holds
+all scores at once, 12 GB at the full size. Rows are independent of each other: the reference is given
+``--reference-rows`` of them. Its memory is scaled to all rows; times of all paths are of these rows, so that nothing is
+scaled. ``--reference-rows 512`` takes all of them.
+
+The whole network is compared with its own convolutions, each run by itself on the same shapes and layouts: what no
+reordering of the rest could go below. Contestants are interleaved in random order and measured in process CPU time; the
+figure is the median of paired ratios, with its 10 to 90 % range. Weights are random: they do not change the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from medsr.inferers.precision import native_bfloat16
+from medsr.inferers.stereo_superres import StereoSuperResInferer
+from medsr.networks.layout import channels_last
+from medsr.networks.parallax import PARALLAX_PATHS, BiPAM
+from medsr.networks.segsrnet import SEGSRNet
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.measure import interleaved, peak_of, print_ratio
+
+FEATURES, LEVELS = 64, 4
+"""Width of the shipped network and levels of its exchange."""
+
+GOAL_MEMORY, GOAL_TIME = 1000.0, 1.5
+"""MB that the exchange should take at most, and time of the network over that of its convolutions."""
+
+
+def main() -> None:
+    """Run all groups."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[512, 640], help="rows and columns of the small pair"
+    )
+    parser.add_argument(
+        "--reference-rows", type=int, default=64, help="rows that the reference path is given"
+    )
+    parser.add_argument("--scale", type=int, default=2)
+    arguments = parser.parse_args()
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}"
+    )
+    torch.set_num_threads(1)
+    size, rows = tuple(arguments.size), min(arguments.reference_rows, arguments.size[0])
+    exchange_memory(size, reference_rows=rows)
+    exchange_times((rows, size[1]), arguments.rounds)
+    network_memory(size, arguments.scale)
+    torch.manual_seed(0)
+    network = channels_last(SEGSRNet(arguments.scale).eval())
+    network_times(network, torch.rand(1, network.in_channels, *size), arguments.rounds)
+
+
+def exchange_memory(size: Sequence[int], *, reference_rows: int) -> dict[str, float]:
+    """Peak memory over the inputs of every path, each in a process of its own, in MB.
+
+    Args:
+        size: rows and columns of the features.
+        reference_rows: rows that the reference path is given; the result is scaled to all.
+    """
+    found = {}
+    for path in PARALLAX_PATHS:
+        rows = reference_rows if path == "reference" else size[0]
+        peak = peak_of("benchmarks.speed.stereo_sr:exchange", path, rows, size[1])
+        if peak is not None:
+            found[path] = peak * 2**20 / 1e6 * size[0] / rows
+    for path, peak in found.items():
+        note = f", {found['reference'] / peak:.1f} times less than the reference; goal {GOAL_MEMORY:.0f} MB"
+        if path == "reference":
+            note = f" (scaled from {reference_rows} rows)" if reference_rows < size[0] else ""
+        print(f"biPAM, {size[0]} x {size[1]}: {path} takes {peak:.0f} MB over its inputs{note}")
+    return found
+
+
+def exchange(path: str, rows: int, columns: int, features: int = FEATURES) -> Callable[[], object]:
+    """One exchange on features of a pair, warmed up; what :func:`exchange_memory` measures."""
+    torch.set_num_threads(1)
+    run = _exchange(path, (rows, columns), features)
+    _exchange(path, (8, 16), features)()
+    return run
+
+
+def exchange_times(size: Sequence[int], rounds: int, *, features: int = FEATURES) -> dict[str, np.ndarray]:
+    """All paths on the same rows.
+
+    Args:
+        size: rows and columns of the features.
+        rounds: pairs for each ratio.
+        features: width of the network.
+    """
+    contestants = {path: _exchange(path, size, features) for path in PARALLAX_PATHS}
+    exact = contestants["reference"]()
+    for path in PARALLAX_PATHS[:-1]:
+        difference = float((contestants[path]() - exact).abs().max())
+        print(f"biPAM: {path} differs from the reference by {difference:.1e}")
+    times = interleaved(contestants, rounds)
+    for path in PARALLAX_PATHS[:-1]:
+        print_ratio(
+            f"biPAM, {size[0]} x {size[1]}: time of the reference / {path}", times["reference"], times[path]
+        )
+    return times
+
+
+def network_memory(size: Sequence[int], scale: int) -> float | None:
+    """Peak memory of the whole network with its inferer over the small pair, in MB; the result is part of it."""
+    peak = peak_of("benchmarks.speed.stereo_sr:whole", *size, scale)
+    if peak is None:
+        return None
+    peak *= 2**20 / 1e6
+    result = 2 * 3 * 4 * scale**2 * size[0] * size[1] / 1e6
+    print(
+        f"SEGSRNet x{scale} to {scale * size[0]} x {scale * size[1]}: {peak:.0f} MB over its input, of which the "
+        f"result is {result:.0f}"
+    )
+    return peak
+
+
+def whole(rows: int, columns: int, scale: int) -> Callable[[], object]:
+    """The network on a pair, as the bundle runs it in float32, warmed up; what :func:`network_memory` measures."""
+    torch.set_num_threads(1)
+    network, infer = channels_last(SEGSRNet(scale).eval()), StereoSuperResInferer(amp="float32")
+    infer(torch.rand(1, network.in_channels, 8, 16), network)
+    pair = torch.rand(1, network.in_channels, rows, columns)
+    return lambda: infer(pair, network)
+
+
+def network_times(network: nn.Module, image: Tensor, rounds: int) -> dict[str, np.ndarray]:
+    """A network against its convolutions alone.
+
+    Args:
+        network: the one to be measured.
+        image: its input.
+        rounds: pairs for each ratio.
+    """
+    calls = convolutions_of(network, image)
+    shared = torch.rand(max(int(np.prod(call.shape)) for call in calls))
+    contestants = {"network": lambda: network(image), "convolutions": lambda: run_convolutions(calls, shared)}
+    times = interleaved(contestants, rounds)
+    what = f"{type(network).__name__}, {image.shape[-2]} x {image.shape[-1]}: network / its {len(calls)} convolutions"
+    print_ratio(f"{what} (goal {GOAL_TIME:g})", times["network"], times["convolutions"])
+    print(
+        f"{what}: {np.median(times['network']):.1f} against {np.median(times['convolutions']):.1f} s, one thread"
+    )
+    return times
+
+
+class Convolution(NamedTuple):
+    """One call of a convolution: the shape and layout of its input, and its other arguments."""
+
+    shape: tuple[int, ...]
+    channels_last: bool
+    arguments: tuple[Any, ...]
+
+
+def convolutions_of(network: nn.Module, image: Tensor) -> list[Convolution]:
+    """All convolutions that a network does for an input of this shape, in their order; nothing is computed."""
+    recorder = _Recorder()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), recorder:
+        network(torch.empty(image.shape))
+    return recorder.calls
+
+
+def run_convolutions(calls: Sequence[Convolution], shared: Tensor) -> None:
+    """Run convolutions one by one, each on numbers of its own shape; all inputs share one piece of memory."""
+    for call in calls:
+        batch, channels, height, width = call.shape
+        values = shared[: batch * channels * height * width]
+        if call.channels_last:
+            image = values.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        else:
+            image = values.view(call.shape)
+        torch.convolution(image, *call.arguments)
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps what every convolution is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Convolution] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            image = args[0]
+            self.calls.append(Convolution(tuple(image.shape), image.stride(1) == 1, args[1:]))
+        return func(*args, **(kwargs or {}))
+
+
+def _exchange(path: str, size: Sequence[int], features: int) -> Callable[[], Tensor]:
+    """One exchange, with weights and features of a fixed seed."""
+    seeded = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    module = channels_last(BiPAM(features, LEVELS, path=path).eval())
+    levels, own = (
+        torch.rand(2, channels, *size, generator=seeded).to(memory_format=torch.channels_last)
+        for channels in (LEVELS * features, features)
+    )
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = module(levels, own).features
+        return found
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
