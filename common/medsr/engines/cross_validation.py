@@ -1,0 +1,242 @@
+"""Cross-validation of frame segmentation: folds of whole groups, trained and scored by a bundle's own configs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+
+from medsr.engines.frame_comparison import frame_table
+from medsr.engines.runner import one_line_errors
+from medsr.errors import DataError, SettingError
+from medsr.io.masks import find_labelled_frames, group_of
+from medsr.io.writing import probe_folder, write_json
+from medsr.metrics.frames import over_folds, summary
+
+__all__ = ["CrossValidation", "frame_items", "group_folds"]
+
+_log = logging.getLogger(__name__)
+
+SCORES = "frames.json"
+"""What ``evaluate.json`` writes."""
+
+
+@one_line_errors
+def frame_items(
+    sources: str | Path | Sequence[str | Path],
+    leave_out: Sequence[str] = (),
+    *,
+    groups: Sequence[str] | None = None,
+    labels: str = "labels",
+) -> list[dict[str, str]]:
+    """List the labelled frames of one folder or of several.
+
+    A group to leave out, or to take alone, may be in any of the folders: a folder of which nothing is left is passed
+    over.
+
+    Args:
+        sources: a folder as :func:`medsr.io.masks.find_labelled_frames` takes it, or a list of such.
+        leave_out: names of groups that are kept for validation or test.
+        groups: names of the only groups to use; default all.
+        labels: sub-folder of the masks.
+
+    Returns:
+        items ``{"case": name, "image": path, "label": path}``.
+
+    Raises:
+        DataError: if there is no folder, a folder is incomplete, a group does not exist, or no frame is left.
+
+    Example:
+        >>> frame_items("no-such-folder")
+        Traceback (most recent call last):
+        SystemExit: 2
+    """
+    if not sources:
+        raise DataError(
+            "no frames: set --dataset_dir to a folder with images/ and labels/, or a list of such"
+        )
+    folders = [sources] if isinstance(sources, (str, Path)) else sources
+    items = [item for folder in folders for item in find_labelled_frames(folder, labels=labels)]
+    known = sorted({group_of(item["case"]) for item in items})
+    wanted = known if groups is None else groups
+    unknown = [group for group in (*wanted, *leave_out) if group not in known]
+    if unknown:
+        raise DataError(f"there is no group '{unknown[0]}' in the folders; there are {', '.join(known)}")
+    kept = set(wanted) - set(leave_out)
+    items = [item for item in items if group_of(item["case"]) in kept]
+    if not items:
+        raise DataError(f"no frame is left of the groups {', '.join(known)}; leave out fewer")
+    return items
+
+
+def group_folds(
+    cases: Sequence[Mapping[str, str]], folds: int | Sequence[Sequence[str]] | None = None
+) -> list[list[str]]:
+    """Groups to leave out together, one list for each fold.
+
+    ``monai.data.partition_dataset_classes`` and ``sklearn.model_selection.GroupKFold`` were considered: the first
+    splits within a class, the second is no dependency of this project.
+
+    Args:
+        cases: items with the key ``case``.
+        folds: the lists themselves; or how many there are to be, then the largest group left goes to the fold with
+            the fewest frames; None leaves out each group alone.
+
+    Raises:
+        SettingError: for a group that does not exist or is left out twice, an empty fold, fewer than two folds, or
+            more than there are groups.
+
+    Example:
+        >>> cases = [{"case": name} for name in ("a-1", "a-2", "b-1", "c-1")]
+        >>> group_folds(cases, 2), group_folds(cases)
+        ([['a'], ['b', 'c']], [['a'], ['b'], ['c']])
+    """
+    sizes = Counter(group_of(case["case"]) for case in cases)
+    if folds is None:
+        folds = len(sizes)
+    if isinstance(folds, int):
+        if not 2 <= folds <= len(sizes):
+            raise SettingError(f"{folds} folds cannot be made of {len(sizes)} groups ({', '.join(sizes)})")
+        found: list[list[str]] = [[] for _ in range(folds)]
+        for group in sorted(sizes, key=lambda name: (-sizes[name], name)):
+            min(found, key=lambda fold: sum(sizes[name] for name in fold)).append(group)
+        return found
+    found = [[str(group) for group in fold] for fold in folds]
+    counts = Counter(group for fold in found for group in fold)
+    unknown = [group for group in counts if group not in sizes]
+    if unknown:
+        raise SettingError(f"folds: there is no group '{unknown[0]}'; there are {', '.join(sizes)}")
+    twice = [group for group, count in counts.items() if count > 1]
+    if twice:
+        raise SettingError(f"folds: '{twice[0]}' is left out twice; every group is scored once")
+    if len(found) < 2 or not all(found):
+        raise SettingError(f"folds must be two lists of groups or more, none of them empty, got {found}")
+    return found
+
+
+class CrossValidation:
+    """Trains once for each fold without its groups, scores them, and averages over the folds.
+
+    The work is done by configs of a bundle, in this process, one after the other. A fold lies in ``fold<n>/training``
+    and ``fold<n>/scores``, which have these names only once they are complete: what was done is not done again, so
+    that a run that was stopped goes on. ``cross_validation.json`` holds the scores of every fold, over all frames of
+    all folds, and mean and standard deviation over the folds.
+
+    ``monai.apps.CrossValidation`` was considered: it makes folds of items, not of groups, and leaves training,
+    scoring and going on to the caller.
+
+    Args:
+        cases: the frames, see :func:`frame_items`.
+        output: folder of the results.
+        folds: see :func:`group_folds`.
+        configs: folder of the configs.
+        train: files in it that train; ``leave_out`` gets the groups of the fold, beside those that it has already.
+        evaluate: files in it that score; ``groups`` gets them, ``weights`` the weights of the fold.
+        common: settings of both.
+        train_settings: further ones of the training.
+        evaluate_settings: further ones of the scoring.
+
+    Raises:
+        SettingError: for impossible folds, and if the folder holds a run with other settings.
+
+    Example:
+        >>> cases = [{"case": "a-1"}, {"case": "b-1"}]
+        >>> files = {"train": ["train.json"], "evaluate": ["inference.json", "evaluate.json"]}
+        >>> CrossValidation(cases, "runs/folds", configs="configs", **files).folds
+        [['a'], ['b']]
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Mapping[str, str]],
+        output: str | Path,
+        folds: int | Sequence[Sequence[str]] | None = None,
+        *,
+        configs: str | Path,
+        train: Sequence[str],
+        evaluate: Sequence[str],
+        common: Mapping[str, Any] | None = None,
+        train_settings: Mapping[str, Any] | None = None,
+        evaluate_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folds, self.output = group_folds(cases, folds), Path(output)
+        self.configs, self.train, self.evaluate = Path(configs), list(train), list(evaluate)
+        self.train_settings = {**(common or {}), **(train_settings or {})}
+        self.evaluate_settings = {**(common or {}), **(evaluate_settings or {})}
+
+    def run(self) -> dict[str, Any]:
+        """Train and score what is missing; return the averages."""
+        self._refuse_other_run()
+        rows_of_folds = []
+        for number, groups in enumerate(self.folds):
+            fold = self.output / f"fold{number}"
+            _log.info("fold %d of %d: without %s", number + 1, len(self.folds), ", ".join(groups))
+            left_out = [*self.train_settings.get("leave_out", ()), *groups]
+            trained = self._step(
+                fold / "training", self.train, {**self.train_settings, "leave_out": left_out}
+            )
+            weights = str(trained / "model.pt")
+            scored = self._step(
+                fold / "scores",
+                self.evaluate,
+                {**self.evaluate_settings, "groups": groups, "weights": weights},
+            )
+            rows_of_folds.append(json.loads((scored / SCORES).read_text(encoding="utf-8"))["rows"])
+        rows = [row for found in rows_of_folds for row in found]
+        summaries = [summary(found) for found in rows_of_folds]
+        result = {
+            "folds": [
+                {"groups": groups, **found} for groups, found in zip(self.folds, summaries, strict=True)
+            ],
+            "over_folds": over_folds(summaries),
+            "over_frames": summary(rows),
+        }
+        write_json(self.output / "cross_validation.json", result)
+        _log.info("\n%s", frame_table(rows))
+        return result
+
+    def _refuse_other_run(self) -> None:
+        """Folds of other settings must not be averaged with these."""
+        own = json.loads(
+            json.dumps(
+                {
+                    "folds": self.folds,
+                    "train": [self.train, self.train_settings],
+                    "evaluate": [self.evaluate, self.evaluate_settings],
+                },
+                default=str,
+            )
+        )
+        path = probe_folder(self.output) / "settings.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != own:
+            raise SettingError(
+                f"{self.output.name}: holds a cross-validation with other settings; choose another output_dir"
+            )
+        write_json(path, own)
+
+    def _step(self, done: Path, files: Sequence[str], settings: Mapping[str, Any]) -> Path:
+        """Run configs into a folder that has its name once it is complete, unless it is there."""
+        if done.exists():
+            return done
+        part = done.with_name(f"{done.name}.part")
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+        workflow = ConfigWorkflow(
+            [str(self.configs / file) for file in files],
+            logging_file=False,
+            workflow_type=None,
+            **settings,
+            output_dir=str(part),
+        )
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+        part.rename(done)
+        return done

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from medsr.engines.cross_validation import CrossValidation, frame_items, group_folds
+from medsr.errors import SettingError
+from PIL import Image
+
+pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")
+
+CASES = [
+    {"case": f"{group}-{n}"}
+    for group, count in (("a", 3), ("b", 1), ("c", 1), ("d", 1))
+    for n in range(count)
+]
+
+
+def write_folder(folder: Path, *names: str) -> Path:
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+        for name in names:
+            Image.new("L", (4, 4)).save(folder / part / f"{name}.png")
+    return folder
+
+
+def test_frames_of_several_folders_are_taken_by_group(tmp_path):
+    folders = [write_folder(tmp_path / "1", "a-1", "b-1"), write_folder(tmp_path / "2", "b-2", "c-1")]
+
+    def names(*arguments: Any, **settings: Any) -> list[str]:
+        return [item["case"] for item in frame_items(*arguments, **settings)]
+
+    assert names(folders[0]) == ["a-1", "b-1"]
+    assert names(folders, ["b"]) == ["a-1", "c-1"]
+    assert names(folders, groups=["b"]) == ["b-1", "b-2"]
+    # Nothing is left of the first folder.
+    assert names(folders, ["a", "b"]) == ["c-1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"leave_out": ["x"]}, "there is no group 'x' in the folders; there are a, b"),
+        ({"groups": ["x"]}, "there is no group 'x'"),
+        ({"leave_out": ["a", "b"]}, "no frame is left"),
+        ({"labels": "parts"}, "no folder 'parts'"),
+    ],
+)
+def test_groups_that_do_not_fit_are_one_line(tmp_path, capsys, settings, message):
+    with pytest.raises(SystemExit):
+        frame_items(write_folder(tmp_path / "1", "a-1", "b-1"), **settings)
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        frame_items("")
+    assert "set --dataset_dir" in capsys.readouterr().err
+
+
+def test_folds_are_of_whole_groups_and_of_like_size():
+    assert group_folds(CASES) == [["a"], ["b"], ["c"], ["d"]]
+    assert group_folds(CASES, 2) == [["a"], ["b", "c", "d"]]
+    assert group_folds(CASES, [["d", "a"], ["b"]]) == [["d", "a"], ["b"]]
+    for folds in (2, 3, 4):
+        assert sorted(group for fold in group_folds(CASES, folds) for group in fold) == list("abcd")
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        (1, "1 folds cannot be made of 4 groups"),
+        (5, "5 folds cannot be made of 4 groups"),
+        ([["a"], ["x"]], "there is no group 'x'"),
+        ([["a"], ["b", "a"]], "'a' is left out twice"),
+        ([["a"]], "two lists of groups or more"),
+        ([["a"], []], "none of them empty"),
+    ],
+)
+def test_impossible_folds_are_refused(folds, message):
+    with pytest.raises(SettingError, match=message):
+        group_folds(CASES, folds)
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Path:
+    """A training that writes down what it left out, and a scoring whose frames are as good as the fold is long."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    imports = [
+        "$import numpy as np",
+        "$from medsr.io.writing import write_json",
+        "$from medsr.metrics.frames import frame_scores",
+    ]
+    train = {
+        "imports": imports,
+        "leave_out": [],
+        "output_dir": "",
+        "speed": 1,
+        "run": ["$write_json(@output_dir + '/model.pt', {'leave_out': @leave_out, 'speed': @speed})"],
+    }
+    scores = "frame_scores(np.array([[0, 1]]), np.array([[0, int(group == 'a')]]), ['background', 'tool'])"
+    rows = f"[dict(case=group, group=group, network='n', input='sharp', **{scores}) for group in @groups]"
+    evaluate = {
+        "imports": imports,
+        "groups": None,
+        "weights": "",
+        "output_dir": "",
+        "run": [f"$write_json(@output_dir + '/frames.json', dict(rows={rows}, weights=@weights))"],
+    }
+    for name, config in (("train", train), ("evaluate", evaluate), ("metadata", {})):
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    return folder
+
+
+def validation(configs: Path, output: Path, **settings: Any) -> CrossValidation:
+    return CrossValidation(
+        CASES,
+        output,
+        [["a"], ["b", "c"]],
+        configs=configs,
+        train=["train.json"],
+        evaluate=["evaluate.json"],
+        train_settings={"leave_out": ["d"], "speed": 3, **settings},
+    )
+
+
+def test_every_fold_is_trained_without_its_groups_and_scored_on_them(configs, tmp_path):
+    out = tmp_path / "out"
+    result = validation(configs, out).run()
+    assert json.loads((out / "cross_validation.json").read_text()) == result
+    for number, groups in enumerate((["a"], ["b", "c"])):
+        model = out / f"fold{number}" / "training" / "model.pt"
+        assert json.loads(model.read_text()) == {"leave_out": ["d", *groups], "speed": 3}
+        scores = json.loads((out / f"fold{number}" / "scores" / "frames.json").read_text())
+        assert scores["weights"] == str(model)
+        assert result["folds"][number]["groups"] == groups
+    # Right in one frame of the first fold, wrong in two frames of the second.
+    assert result["over_folds"]["iou_present"] == pytest.approx(1 / 2)
+    assert result["over_frames"]["iou_present"] == pytest.approx(1 / 3)
+    assert result["over_frames"]["frames"] == 3
+
+
+def test_what_is_done_is_not_done_again(configs, tmp_path):
+    out = tmp_path / "out"
+    first = validation(configs, out).run()
+    (configs / "train.json").write_text('{"run": ["$1 / 0"]}')
+    (out / "fold1" / "scores").rename(out / "fold1" / "scores.part")
+    (out / "fold1" / "scores.part" / "left_over").touch()
+    assert validation(configs, out).run() == first
+    assert not (out / "fold1" / "scores" / "left_over").exists()
+    with pytest.raises(SettingError, match="with other settings; choose another output_dir"):
+        validation(configs, out, speed=4).run()
+
+
+def test_a_step_that_fails_leaves_no_result(configs, tmp_path):
+    (configs / "evaluate.json").write_text('{"run": ["$1 / 0"]}')
+    with pytest.raises(RuntimeError):
+        validation(configs, tmp_path / "out").run()
+    assert (tmp_path / "out" / "fold0" / "training").exists()
+    assert not (tmp_path / "out" / "fold0" / "scores").exists()
+    assert not (tmp_path / "out" / "cross_validation.json").exists()
