@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.stereo_folder OUTPUT [--data FOLDER]
 
-Three folders are written. ``train/`` holds one endoscopic sequence and a few pairs of other things; ``single/`` holds
-frames of one camera, for training as well; ``test/`` holds other scenes, one of them endoscopic and of another camera.
+Four folders are written. ``train/`` holds one endoscopic sequence and a few pairs of other things; ``single/`` holds
+frames of one camera, for training as well; ``check/`` is what settings are chosen on; ``test/`` holds other scenes, one
+of them endoscopic and of another camera.
 Scenes are split, not frames: the ten frames of the sequence show one scene, and none of them may test what was learnt
 from the others. Motorcycle is what the demo shows, and stays out of training.
 
@@ -48,19 +49,21 @@ TRAIN = {
         f"davinci-{n}": Pair(f"davinci_dcssr/scene_{n}/hr0.png", f"davinci_dcssr/scene_{n}/hr1.png", 7)
         for n in range(10)
     },
-    **{
-        f"middlebury-{name}": generic(f"middlebury_{name}")
-        for name in ("Cloth3", "Reindeer", "Wood2", "Cones")
-    },
+    **{f"middlebury-{name}": generic(f"middlebury_{name}") for name in ("Cloth3", "Wood2")},
     "flickr-0026": generic("flickr1024_0026", "estimate"),
 }
 """Names and pairs; the group stands before the hyphen."""
+
+CHECK = {f"middlebury-{name}": generic(f"middlebury_{name}") for name in ("Reindeer", "Cones")}
+"""What settings are chosen on."""
 
 TEST = {
     "scared-d1k1": Pair("scared_d1k1/left.png", "scared_d1k1/right.png"),
     "middlebury-motorcycle": generic("middlebury2014_motorcycle"),
     "kitti-000046": generic("kitti2015_000046_10"),
 }
+
+PARTS = {"train": TRAIN, "check": CHECK, "test": TEST}
 
 SINGLE = {
     "endovis17": ("instrument_seg/endovis17/images", 2.0),
@@ -70,22 +73,28 @@ SINGLE = {
 
 
 def main() -> None:
-    """Write ``train/``, ``single/`` and ``test/``."""
+    """Write all folders."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
     arguments = parser.parse_args()
-    for part, wanted in (("train", TRAIN), ("test", TEST)):
-        folder = probe_folder(arguments.output / part)
-        for name, pair in wanted.items():
-            found = write_pair(arguments.data / "stereo_endo", pair, folder / name)
-            print(f"{part} {name}: {found}")
+    for part in PARTS:
+        write_pairs(part, arguments.output, arguments.data)
     folder = probe_folder(arguments.output / "single")
     for kind, (where, factor) in SINGLE.items():
         paths = sorted((arguments.data / where).glob("*.png"))
         for path in paths:
             write_frame(path, folder / f"{kind}-{path.stem}.png", factor, framed=kind == "endovis17")
         print(f"single {kind}: {len(paths)} images")
+
+
+def write_pairs(part: str, output: Path, data: Path) -> Path:
+    """Write the pairs of a part into a folder of its name, and return it."""
+    folder = probe_folder(output / part)
+    for name, pair in PARTS[part].items():
+        found = write_pair(data / "stereo_endo", pair, folder / name)
+        print(f"{part} {name}: {found}")
+    return folder
 
 
 def write_pair(source: Path, pair: Pair, target: Path) -> str:
