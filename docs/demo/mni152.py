@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from bundle_command import ROOT, run_bundle
+from bundle_command import ROOT, print_files, run_bundle
 
 OUTPUT = ROOT / "demo"
 RESULTS = (
@@ -67,9 +67,7 @@ def main() -> None:
             values[None], affine, reference_affine=np.asarray(thin.affine), size=truth.shape[2]
         )[0]
         print(f"  {name:20s} {metrics.psnr(grid, truth, data_range=high - low, mask=mask):6.2f} dB")
-    print("\nlook at:")
-    for name in RESULTS:
-        print(f"  {OUTPUT / name}")
+    print_files(OUTPUT, RESULTS)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from bundle_command import ROOT, run_bundle
+from bundle_command import ROOT, print_files, print_scores, run_bundle
 
 OUTPUT = ROOT / "demo"
 CASE = "retina_small"
@@ -45,16 +45,12 @@ def main() -> None:
 
     protocol, mask = ImageProtocol(mask="fov"), field_of_view(truth)
     results = {
-        "bicubic interpolation": bicubic_resize(small, (SIDE, SIDE)).clamp(0, 1),
-        "bundle": read_image(out / RESULTS[0]).values,
+        "bicubic interpolation": [bicubic_resize(small, (SIDE, SIDE)).clamp(0, 1)],
+        "bundle": [read_image(out / RESULTS[0]).values],
     }
     print(f"\nagainst the photograph at {SIDE} pixels, {protocol.identifier} ({seconds:.0f} s in all):")
-    for name, values in results.items():
-        scores = protocol.score(values, truth, mask)
-        print(f"  {name:22s} {scores['psnr_db']:6.2f} dB   SSIM {scores['ssim']:.4f}")
-    print("\nlook at:")
-    for name in RESULTS:
-        print(f"  {out / name}")
+    print_scores(protocol, results, [truth], mask)
+    print_files(out, RESULTS)
 
 
 if __name__ == "__main__":
