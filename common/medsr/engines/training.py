@@ -120,7 +120,7 @@ def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | 
     which would begin at random weights. A prior that comes with weights of its own is finished: it is kept as it is,
     so that it stays a good estimate by itself and can be adapted to a scan by itself. A network with labels may
     start from one without: until it is trained it treats the image as that one did, and ignores the labels. Tensors
-    that a network names in ``scale_tensors`` start anew where the weights are of another scale.
+    that a network names in ``task_tensors`` start anew where the weights are of another scale or of other classes.
 
     Args:
         path: plain state dict; None leaves the network as it is.
@@ -171,8 +171,8 @@ def _fill(network: nn.Module, path: str | Path) -> None:
     if getattr(network, "label_classes", 0):
         state = {key: _with_zeros(tensor, own[key].shape) for key, tensor in state.items()}
     wrong = [key for key in state if state[key].shape != own[key].shape]
-    of_scale = tuple(getattr(network, "scale_tensors", ()))
-    if wrong and all(key in of_scale for key in wrong):
+    of_task = tuple(getattr(network, "task_tensors", ()))
+    if wrong and all(key in of_task for key in wrong):
         state = {key: tensor for key, tensor in state.items() if key not in wrong}
     elif wrong:
         raise WeightsError(

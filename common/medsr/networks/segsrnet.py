@@ -119,8 +119,8 @@ class SEGSRNet(nn.Module):
     exact_halo = None
     """No finite halo makes tiling exact: pixels see their whole row, and the gates the whole image."""
 
-    scale_tensors = ("spread.weight", "spread.bias")
-    """The only ones whose shape depends on the scale."""
+    task_tensors = ("spread.weight", "spread.bias")
+    """Their shape depends on the scale."""
 
     half_precision_safe = True
     """bfloat16 is safe; scores, masks and the last convolution stay in float32. float16 is not tested."""

@@ -93,6 +93,9 @@ class SPPLinkNet(nn.Module):
     exact_halo = None
     """The pyramid sees the whole frame; without it pixels still see hundreds of others in each direction."""
 
+    task_tensors = ("out.weight", "out.bias")
+    """Their shape depends on the number of classes."""
+
     half_precision_safe = True
     """bfloat16 is safe; means over the frame and the last convolution stay in float32. float16 is not tested."""
 

@@ -18,6 +18,7 @@ from medsr.engines.training import (
 from medsr.errors import DataError, WeightsError
 from medsr.networks.segsrnet import SEGSRNet
 from medsr.networks.slice_sr import SliceSRNet
+from medsr.networks.spp_linknet import SPPLinkNet
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_no_path_means_no_weights():
     assert all(torch.equal(network.state_dict()[key], before[key]) for key in before)
 
 
-def test_weights_of_another_scale_start_all_but_the_tensors_of_the_scale(tmp_path: Path, capsys):
+def test_weights_of_another_task_start_all_but_its_tensors(tmp_path: Path, capsys):
     size = {"features": 8, "growth": 4, "blocks": 2}
     x2, x4 = SEGSRNet(2, **size), SEGSRNet(4, **size)
     torch.save(x2.state_dict(), tmp_path / "x2.pt")
@@ -205,10 +206,15 @@ def test_weights_of_another_scale_start_all_but_the_tensors_of_the_scale(tmp_pat
     started = start_from(tmp_path / "x2.pt", x4).state_dict()
     assert torch.equal(started["spread.weight"], before)
     same = [key for key, value in x2.state_dict().items() if torch.equal(value, started[key])]
-    assert {key for key in started if key not in same} <= set(SEGSRNet.scale_tensors)
+    assert {key for key in started if key not in same} <= set(SEGSRNet.task_tensors)
     with pytest.raises(SystemExit):
         start_from(tmp_path / "x2.pt", SEGSRNet(4, **(size | {"growth": 5})))
     assert "has another shape" in capsys.readouterr().err
+
+    binary, parts = (SPPLinkNet(classes, encoder="resnet18", width=8) for classes in (1, 4))
+    torch.save(binary.state_dict(), tmp_path / "binary.pt")
+    started = start_from(tmp_path / "binary.pt", parts).state_dict()
+    assert torch.equal(started["encoder.conv1.weight"], binary.encoder.conv1.weight)
 
 
 @pytest.mark.parametrize(
