@@ -73,6 +73,10 @@ class ParallaxResult(NamedTuple):
     disparity: Tensor | None = None
 
 
+_SOFTER = 0.5
+"""What projections are multiplied by at first; scores change by its square."""
+
+
 class BiPAM(nn.Module):
     """Brings features of either view of a rectified pair to the other one, where they match.
 
@@ -168,6 +172,18 @@ class BiPAM(nn.Module):
                 )
             )
         return ParallaxResult(*(_joined(one, 2) for one in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def match_from_the_start(self) -> None:
+        """Give both projections the same weights, and smaller ones.
+
+        Equal pixels then have the highest score before anything is learnt. With weights of their own, the views match
+        at random: the rest of the network learns to ignore what comes from the other view before that means
+        anything, scores grow until softmax has no gradient, and the exchange stays unused.
+        """
+        self.project_left.weight.mul_(_SOFTER)
+        if self.project_right is not None:
+            self.project_right.load_state_dict(self.project_left.state_dict())
 
     def project(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Whitened features of the left and of the right views, ``(B, channels, H, W)`` each, at least float32."""

@@ -69,7 +69,8 @@ class SEGSRNet(nn.Module):
 
     The publication leaves open what is inside CCSB (two convolutions, a channel gate and a spatial gate, on a skip),
     the rates of ASPP, and the width and number of the dense blocks; these are iPASSR's. Convolutions start with
-    Xavier's weights, as published, and the last one with zeros, so that training starts from the bicubic image.
+    Xavier's weights, as published, and the last one with zeros, so that training starts from the bicubic image. Both
+    views are compared by the same weights at first, see :meth:`~medsr.networks.parallax.BiPAM.match_from_the_start`.
 
     A pair is one tensor with six channels, left before right, as the MONAI tools need it. Where there is one camera,
     its image twice gives a pair without disparity. Pixels are matched along rows: pairs must be rectified.
@@ -169,6 +170,8 @@ class SEGSRNet(nn.Module):
                 nn.init.xavier_normal_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.out.weight)
+        if self.exchange is not None:
+            self.exchange.match_from_the_start()
 
     def forward(
         self, image: Tensor, statistics: Sequence[Tensor] | None = None, *, parallax: str = "none"

@@ -301,3 +301,20 @@ def test_weights_and_results_are_those_of_the_last_release(golden):
         else:
             # Kernels differ between machines in the last bits of a float32.
             assert statistics[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("shift", [0, 4, 9])
+def test_views_match_before_anything_is_learnt(shift: int) -> None:
+    torch.manual_seed(0)
+    net = SEGSRNet(4, features=32, growth=16).train()
+    scene = torch.rand(1, 3, 10, 60)
+    columns = scene.shape[-1] - shift
+    with torch.no_grad():
+        maps = net(
+            torch.cat([scene[..., :columns], scene[..., shift:]], 1), parallax="maps"
+        ).parallax.to_left[0]
+    inside = slice(shift + 3, columns - 3)
+    disparity = torch.arange(columns) - maps.argmax(-1)
+    assert (disparity[:, inside] == shift).float().mean() > 0.85
+    # Softmax that has a gradient: by random weights the largest is near 1 nowhere but at some matches.
+    assert maps.amax(-1).mean() < 0.8
