@@ -110,13 +110,21 @@ class BudgetSchedule:
     ) -> None:
         self.optimizer, self.learning_rate, self.iterations = optimizer, float(learning_rate), int(iterations)
         self.minutes, self.warm_up = minutes, float(warm_up)
-        self._start = 0.0
+        self._clock = _Clock()
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_STARTED, self)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop)
+
+    def state_dict(self) -> dict[str, float]:
+        """What is spent of the minutes; the iterations are counted by the trainer."""
+        return {"seconds": self._clock.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Count what was spent before an interruption."""
+        self._clock.before = state["seconds"]
 
     def rate_at(self, progress: float) -> float:
         """Learning rate at a share of the budget."""
@@ -135,10 +143,10 @@ class BudgetSchedule:
             raise SettingError(
                 "processes with clocks of their own would wait for each other: give iterations, not minutes"
             )
-        self._start = time.monotonic()
+        self._clock.start()
 
     def _progress(self, iteration: int) -> float:
-        spent = (time.monotonic() - self._start) / (60 * self.minutes) if self.minutes else 0.0
+        spent = self._clock.seconds / (60 * self.minutes) if self.minutes else 0.0
         return max(iteration / self.iterations, spent)
 
     def _stop(self, engine: Engine) -> None:
@@ -184,6 +192,10 @@ class WeightSaver:
         engine.add_event_handler(Events.COMPLETED, self)
         engine.add_event_handler(Events.TERMINATE, self)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._on_exception)
+        # Raising the error again ends its handling: that comes last, when every saver has had its turn.
+        if engine.has_event_handler(_raise_again, Events.EXCEPTION_RAISED):
+            engine.remove_event_handler(_raise_again, Events.EXCEPTION_RAISED)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, _raise_again)
 
     def __call__(self, engine: Engine | None = None) -> None:
         """Save now."""
@@ -192,8 +204,9 @@ class WeightSaver:
         save_weights(network.state_dict(), self.path, dtype=self.dtype)
 
     def _on_exception(self, engine: Engine, error: BaseException) -> None:
-        self(engine)
-        raise error
+        # What fails at once has learnt nothing, and must not replace the weights of an earlier run.
+        if engine.state.iteration > 1:
+            self(engine)
 
 
 class RunRecord:
@@ -220,7 +233,7 @@ class RunRecord:
         self.path, self.settings, self.loss, self.every = Path(path), dict(settings), loss, int(every)
         self.history: list[dict[str, float]] = []
         self._values: dict[str, list[float]] = {}
-        self._start = 0.0
+        self._clock = _Clock()
         self._commit = "unknown"
 
     def attach(self, engine: Engine) -> None:
@@ -231,9 +244,18 @@ class RunRecord:
         engine.add_event_handler(Events.COMPLETED, self)
         engine.add_event_handler(Events.TERMINATE, self)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is recorded so far."""
+        return {"history": self.history, "values": self._values, "seconds": self._clock.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what was recorded before an interruption."""
+        self.history, self._values = list(state["history"]), dict(state["values"])
+        self._clock.before = state["seconds"]
+
     def __call__(self, engine: Engine) -> None:
         """Write the record now."""
-        minutes = (time.monotonic() - self._start) / 60
+        minutes = self._clock.seconds / 60
         if self._values:
             entry = {name: round(sum(values) / len(values), 6) for name, values in self._values.items()}
             self.history.append({"iteration": engine.state.iteration, "minutes": round(minutes, 2), **entry})
@@ -255,7 +277,7 @@ class RunRecord:
         )
 
     def _begin(self, engine: Engine) -> None:
-        self._start = time.monotonic()
+        self._clock.start()
         # Now: the tree may have moved on when the record is written.
         self._commit = _commit()
 
@@ -297,6 +319,24 @@ def save_weights(
     with atomic_path(sums) as unfinished:
         Path(unfinished).write_text("\n".join([*lines, f"{digest}  {path.name}"]) + "\n")
     return digest
+
+
+class _Clock:
+    """Seconds of a training, those before an interruption included."""
+
+    def __init__(self) -> None:
+        self.before = self._start = 0.0
+
+    def start(self) -> None:
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self._start
+
+
+def _raise_again(engine: Engine, error: BaseException) -> None:
+    raise error
 
 
 @contextmanager

@@ -272,6 +272,31 @@ def test_weights_are_saved_when_the_training_breaks_off(tmp_path, error, caplog)
     assert float(torch.load(tmp_path / "model.pt", weights_only=True)["weight"]) == trial.weight
 
 
+def stop_in(iteration: int) -> At:
+    def stop(engine) -> None:
+        if engine.state.iteration == iteration:
+            raise KeyboardInterrupt("stop")
+
+    return At(stop)
+
+
+def test_every_saver_saves_when_the_training_breaks_off(tmp_path, caplog):
+    trial = Trial()
+    savers = [WeightSaver(trial.network, tmp_path / name / "model.pt") for name in "ab"]
+    with caplog.at_level(logging.CRITICAL), pytest.raises(KeyboardInterrupt, match="stop"):
+        trial.run(*savers, stop_in(3))
+    for saver in savers:
+        assert float(torch.load(saver.path, weights_only=True)["weight"]) == trial.weight
+
+
+def test_a_training_that_fails_at_once_leaves_the_weights_of_an_earlier_one(tmp_path, caplog):
+    before = save_weights({"weight": torch.zeros(1, 1)}, tmp_path / "model.pt")
+    trial = Trial()
+    with caplog.at_level(logging.CRITICAL), pytest.raises(KeyboardInterrupt, match="stop"):
+        trial.run(WeightSaver(trial.network, tmp_path / "model.pt"), stop_in(1))
+    assert digests(tmp_path) == {"model.pt": before}
+
+
 def test_the_averaged_weights_are_saved(tmp_path):
     trial = Trial()
     average = EMAHandler(trial.network, momentum=0.1)
