@@ -19,10 +19,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(STAMP) ## sharpen a thick-slice brain MRI and a retina, from file to figure
+demo: $(STAMP) ## sharpen a thick-slice brain MRI, a retina and a stereo pair, from file to figure
 	@$(PY) docs/demo/mni152.py
 	@echo
 	@$(PY) docs/demo/retina.py
+	@echo
+	@$(PY) docs/demo/stereo.py
 
 test: $(STAMP) ## all tests and all docstring examples
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist=loadfile --doctest-modules tests common/medsr
@@ -53,6 +55,7 @@ bench: $(STAMP) ## quality and speed, baselines beside them in the same run
 	@$(PY) -m benchmarks.quality.superres
 	@$(PY) -m benchmarks.quality.fundus
 	@$(PY) -m benchmarks.quality.sisr
+	@$(PY) -m benchmarks.quality.stereo
 	@$(PY) -m benchmarks.speed.slice_sr
 	@$(PY) -m benchmarks.speed.image_sr
 	@$(PY) -m benchmarks.speed.stereo_sr
