@@ -132,6 +132,21 @@ def medsr_here(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, li
     return run
 
 
+@pytest.fixture
+def weights(tmp_path: Path) -> Callable[..., Path]:
+    """Write the weights of a network, named after its class, and return the file."""
+
+    def write(network: Any) -> Path:
+        from medsr.handlers.training import save_weights
+
+        path = tmp_path / "random" / f"{type(network).__name__}.pt"
+        path.parent.mkdir(exist_ok=True)
+        save_weights(network.state_dict(), path)
+        return path
+
+    return write
+
+
 def error_lines(text: str) -> list[str]:
     """What a user sees of an error on stderr: our own line, or a log record of level ERROR."""
     return [line for line in text.splitlines() if line.startswith("medsr: error:") or " - ERROR - " in line]

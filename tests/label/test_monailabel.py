@@ -1,4 +1,4 @@
-"""The segmentation bundle in MONAI Label's stock app ``monaibundle``: ``make test-label`` runs this.
+"""The segmentation bundles in MONAI Label's stock app ``monaibundle``: ``make test-label`` runs this.
 
 MONAI Label takes network, transforms and inferer out of ``inference.json``, never the evaluator.
 """
@@ -31,7 +31,7 @@ with warnings.catch_warnings():
 # MONAI Label and the packages of its server warn at will.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NAME = "mri_rehrseg_segmentation"
+NAME, FRAMES = "mri_rehrseg_segmentation", "endoscopy_segsrnet_segmentation"
 ORDERS = {"axial": (0, 1, 2), "sagittal": (2, 0, 1)}
 LABELS = {"tumour": 1}
 
@@ -83,12 +83,15 @@ def images(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def copy_bundle(root: Path, *, seeded: bool) -> Path:
+def copy_bundle(root: Path, *, seeded: bool, **changes: Any) -> Path:
     """Copy the bundle, with random weights that find something in any image, or with the ones it has."""
     import torch
     from monai.bundle import ConfigParser
 
-    shutil.copytree(catalog.bundle_root(NAME), root, ignore=shutil.ignore_patterns("eval", "runs"))
+    shutil.copytree(catalog.bundle_root(root.name), root, ignore=shutil.ignore_patterns("eval", "runs"))
+    if changes:
+        settings = catalog.read_settings(root)
+        (root / "configs" / "inference.json").write_text(json.dumps(settings | changes), encoding="utf-8")
     weights = root / "models" / "model.pt"
     if seeded:
         config = ConfigParser()
@@ -99,7 +102,7 @@ def copy_bundle(root: Path, *, seeded: bool) -> Path:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         (weights.parent / "SHA256SUMS").write_text(f"{digest}  model.pt\n", encoding="utf-8")
     elif not weights.is_file():
-        pytest.skip(f"{NAME} has no weights yet")
+        pytest.skip(f"{root.name} has no weights yet")
     return root
 
 
@@ -260,3 +263,30 @@ def test_the_server_segments(client: Any, images: dict[str, Path], tmp_path: Pat
     path = tmp_path / "mask.nii.gz"
     path.write_bytes(response.content)
     assert_on_the_grid(Mask.read(path), images[name])
+
+
+def test_a_frame_becomes_a_mask_of_its_size(folder: Path) -> None:
+    import torch
+    from medsr.inferers.frame_segmentation import FrameSegmentationInferer
+    from medsr.io.images import read_image
+    from monailabel.tasks.infer.bundle import BundleInferTask
+    from PIL import Image
+
+    changes = {"encoder": "resnet18", "width": 8, "longest": 64, "amp": "float32"}
+    bundle = copy_bundle(folder / "frames" / FRAMES, seeded=True, **changes)
+    task = BundleInferTask(str(bundle), {})
+    info = task.info()
+    assert (info["type"], info["dimension"], info["labels"]) == ("segmentation", 2, {"instrument": 1})
+    path = folder / "frame.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    Image.fromarray(pixels).resize((70, 45), Image.Resampling.BICUBIC).save(path)
+    file, _ = task({"image": str(path), "device": "cpu"})
+    with Image.open(file) as image:
+        mask = np.asarray(image)
+    assert (mask.shape, mask.dtype) == ((45, 70), np.uint8)
+    values = torch.as_tensor(read_image(path).values)[None]
+    # MONAI Label loads the weights into a copy.
+    task.network.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
+    expected = FrameSegmentationInferer(amp="float32", longest=64)(values, task.network)
+    np.testing.assert_array_equal(mask, expected[0].argmax(0).numpy())
+    assert set(np.unique(mask)) == {0, 1}
