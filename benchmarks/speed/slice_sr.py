@@ -19,7 +19,9 @@ import torch
 from medsr.geometry import slice_positions
 from medsr.inferers.precision import native_bfloat16
 from medsr.inferers.slice_group import SliceGroupInferer
+from medsr.inferers.volume import VolumeInferer
 from medsr.resampling import interpolation_matrix, resample_last_axis
+from monai.data import MetaTensor
 from torch import nn
 
 from benchmarks.measure import giga_multiplications, interleaved, peak_of, print_ratio
@@ -90,8 +92,8 @@ def layouts(rounds: int) -> None:
 
 
 def memory(size: list[int]) -> None:
-    """Peak memory of the inferer over its output, in a process of its own."""
-    output = size[0] * size[1] * size[2] * RATIO * 4 / 2**20
+    """Peak memory of the inferer over its output (image and uncertainty, float32), in a process of its own."""
+    output = 2 * 4 * size[0] * size[1] * size[2] * RATIO / 2**20
     peak = peak_of("benchmarks.speed.slice_sr:measured", *size)
     if peak is not None:
         print(f"peak memory of network and inferer / output ({output:.0f} MiB): {peak / output:.2f}")
@@ -100,10 +102,10 @@ def memory(size: list[int]) -> None:
 def measured(*size: int) -> Callable[[], object]:
     """What :func:`memory` measures, warmed up."""
     chosen, network = settings(), shipped_network()
-    inferer = SliceGroupInferer(group=chosen["group"], tile=chosen["tile"], amp="float32")
-    stack = torch.rand(1, 1, *size)
-    inferer(stack[..., :64, :64, :8], network, scale=float(RATIO))
-    return lambda: inferer(stack, network, scale=float(RATIO))
+    inferer = VolumeInferer(group=chosen["group"], tile=chosen["tile"], amp="float32")
+    stack = MetaTensor(torch.rand(1, 1, *size), affine=torch.diag(torch.tensor([1.0, 1.0, RATIO, 1.0])))
+    inferer(stack[..., :64, :64, :8], network)
+    return lambda: inferer(stack, network)
 
 
 def volume(size: list[int]) -> None:

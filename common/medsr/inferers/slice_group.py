@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
@@ -16,6 +18,15 @@ from medsr.geometry import rescaled_size, slice_positions
 from medsr.inferers.precision import choose_precision
 
 __all__ = ["SliceGroupInferer"]
+
+
+class _Window(NamedTuple):
+    """Thick slices that are read, thin slices that are made, and where in the plane."""
+
+    thick: slice
+    thin: slice
+    tiles: list[tuple[_Tile, _Tile]]
+    alone: bool
 
 
 class _Tile(NamedTuple):
@@ -35,13 +46,16 @@ class SliceGroupInferer(Inferer):
     group are kept; in the plane, tiles overlap by ``halo`` voxels that are cut away. At the ends of the stack the
     group simply has fewer neighbours, as in training.
 
+    A network that has ``first_estimate`` and ``refine`` makes its first estimate once for the whole stack, without
+    tiles, and then turns it into the result in place, window by window. Nothing else has the size of the result.
+
     Args:
         group: thick slices per window whose results are kept.
         context: thick slices on either side that are read only.
         tile: in-plane size of a window without halo; None runs whole planes.
         halo: voxels around a tile that are read only, at least; windows at the border are shifted inwards, so that
             all have one size.
-        batch: tiles that are processed together.
+        batch: tiles that are processed together, where they are so small that this is faster.
         amp: ``auto``, ``float32`` or ``bfloat16``, see :func:`medsr.inferers.precision.choose_precision`.
         both_directions: also run the reversed stack and average; reversing the input then exactly reverses the
             result, at twice the time.
@@ -96,59 +110,80 @@ class SliceGroupInferer(Inferer):
             network.eval()
         stack = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         settings = {"scale": scale, "thickness": float(thickness)}
-        with torch.inference_mode():
+        # In inference mode the result would have to be copied before anyone may change it.
+        with torch.no_grad():
             result = self._run(stack, network, settings)
             if self.both_directions:
-                result += self._run(stack.flip(-1), network, settings).flip(-1)
-                result *= 0.5
-        return result.clone() if result.is_inference() else result
+                other = self._run(stack.flip(-1), network, settings)
+                for rows, reversed_rows in zip(result.unbind(2), other.unbind(2), strict=True):
+                    rows.add_(reversed_rows.flip(-1)).mul_(0.5)
+        return result
 
-    def _run(self, stack: Tensor, network: Callable[..., Tensor], settings: dict[str, float]) -> Tensor:
-        height, width, depth = stack.shape[-3:]
+    def _run(self, stack: Tensor, network: Any, settings: dict[str, float]) -> Tensor:
+        depth = stack.shape[-1]
         positions = slice_positions(depth, rescaled_size(depth, settings["scale"]), settings["scale"])
-        slabs = np.clip(np.floor(positions + 0.5).astype(int), 0, depth - 1)
-        tiles = [(row, column) for row in self._tiles(height) for column in self._tiles(width)]
-        pairs = [tiles[k : k + self.batch] for k in range(0, len(tiles), self.batch)]
-        windows = [(first, pair) for first in range(0, depth, self.group) for pair in pairs]
-        # A first estimate that needs no tiles is made once: tiles would make their halos again.
-        first_estimate = getattr(network, "first_estimate", None)
-        estimate = None if first_estimate is None else first_estimate(stack, positions=positions, **settings)
+        refines = hasattr(network, "refine")
         result: Tensor | None = None
+        if refines:
+            result = network.first_estimate(stack, positions=positions, **settings)
         dtype: torch.dtype | None = None
-        for first, pair in self._progress(windows):
-            wanted = np.nonzero((slabs >= first) & (slabs < first + self.group))[0]
-            if not len(wanted):
-                continue
-            low, high = max(0, first - self.context), min(depth, first + self.group + self.context)
-            parts = torch.cat([stack[..., row.read, column.read, low:high] for row, column in pair])
-
-            thin = slice(int(wanted[0]), int(wanted[-1]) + 1)
-            extra: dict[str, Any] = {"positions": positions[wanted] - low}
-            if estimate is not None:
-                extra["estimate"] = torch.cat(
-                    [estimate[..., row.read, column.read, thin] for row, column in pair]
+        for window in self._progress(self._windows(stack, network, positions)):
+            thin = window.thin
+            parts = torch.cat(
+                [stack[..., row.read, column.read, window.thick] for row, column in window.tiles]
+            )
+            given: dict[str, Any] = {**settings, "positions": positions[thin] - window.thick.start}
+            estimate: Tensor | None = None
+            if window.alone:
+                row, column = window.tiles[0]
+                estimate = result[..., row.place, column.place, thin]
+                given["keep"] = (row.keep, column.keep)
+            elif refines:
+                # What lies in the halo may be refined already: it is cut away.
+                estimate = torch.cat(
+                    [result[..., row.read, column.read, thin] for row, column in window.tiles]
                 )
-
-            # PyTorch gives small 3D convolutions on one sample to a kernel several times slower than for two.
-            lonely = len(parts) == 1 and parts.device.type == "cpu"
-            if lonely:
-                parts = parts.expand(2, *parts.shape[1:])
-                extra = {k: v.expand(2, *v.shape[1:]) if torch.is_tensor(v) else v for k, v in extra.items()}
-
-            def run(x: Tensor, extra: dict[str, Any] = extra) -> Tensor:
-                return network(x, **settings, **extra)
+            run = network if estimate is None else partial(_refined, network, estimate)
 
             if dtype is None:
-                dtype = self.used_dtype = choose_precision(self.amp, run, parts)
+                dtype = self.used_dtype = choose_precision(self.amp, partial(run, **given), parts)
             with torch.autocast(stack.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                found = run(parts)[:1] if lonely else run(parts)
+                found = (
+                    network(parts, **given) if estimate is None else network.refine(estimate, parts, **given)
+                )
+            if window.alone:
+                continue
             if result is None:
-                shape = (len(stack), found.shape[1], height, width, len(positions))
-                result = torch.empty(shape, dtype=torch.float32, device=stack.device)
-            for (row, column), one in zip(pair, found.split(len(stack)), strict=True):
+                result = found.new_empty(
+                    len(stack), found.shape[1], *stack.shape[2:4], len(positions), dtype=torch.float32
+                )
+            for (row, column), one in zip(window.tiles, found.split(len(stack)), strict=True):
                 result[..., row.place, column.place, thin] = one[..., row.keep, column.keep, :]
         assert result is not None
         return result
+
+    def _windows(self, stack: Tensor, network: Any, positions: npt.NDArray[np.float64]) -> list[_Window]:
+        height, width, depth = stack.shape[-3:]
+        slabs = np.clip(np.floor(positions + 0.5).astype(int), 0, depth - 1)
+        tiles = [(row, column) for row in self._tiles(height) for column in self._tiles(width)]
+        rows = tiles[0][0].read.stop - tiles[0][0].read.start
+        windows = []
+        for first in range(0, depth, self.group):
+            wanted = np.nonzero((slabs >= first) & (slabs < first + self.group))[0]
+            if not len(wanted):
+                continue
+            thick = slice(max(0, first - self.context), min(depth, first + self.group + self.context))
+            thin = slice(int(wanted[0]), int(wanted[-1]) + 1)
+            on_cpu = stack.device.type == "cpu"
+            alone = on_cpu and rows * (thick.stop - thick.start) > getattr(network, "alone_from", np.inf)
+            together = 1 if alone else self.batch
+            for k in range(0, len(tiles), together):
+                chosen = tiles[k : k + together]
+                # PyTorch gives small 3D convolutions on one sample to a kernel several times slower than for two.
+                if len(chosen) * len(stack) == 1 and not alone and on_cpu:
+                    chosen = chosen * 2
+                windows.append(_Window(thick, thin, chosen, alone))
+        return windows
 
     def _tiles(self, size: int) -> list[_Tile]:
         """Equal windows that cover an axis; each keeps its own share and reads at least ``halo`` around it."""
@@ -170,3 +205,8 @@ class SliceGroupInferer(Inferer):
         from tqdm.auto import tqdm
 
         return tqdm(windows, desc="super-resolution", unit="window", leave=False)
+
+
+def _refined(network: Any, estimate: Tensor, parts: Tensor, **given: Any) -> Tensor:
+    """As ``refine``, on a copy."""
+    return network.refine(estimate.clone(), parts, **given)

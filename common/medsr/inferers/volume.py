@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from medsr.metrics.volume import psnr
 from medsr.resampling import interpolation_matrix
 from medsr.transforms.slice_profile import acquisition_matrix, as_profile, fwhm_in_voxels
 
-__all__ = ["MIN_SLICES", "VolumeInferer", "consistent", "projection_matrix"]
+__all__ = ["MIN_SLICES", "VolumeInferer", "make_consistent", "projection_matrix"]
 
 MIN_SLICES = 4
 """With fewer slices the network has no context to speak of: the result is the cubic interpolation."""
+
+_ROWS = 16
+"""Rows of a volume that are compared with its measured slices at a time: copies of whole results cost memory."""
 
 
 class VolumeInferer(SliceGroupInferer):
@@ -89,28 +93,34 @@ class VolumeInferer(SliceGroupInferer):
             "slice_profile": self.profile_name,
             "method": "network",
         }
-        images, extras = [], []
+        result: Tensor | None = None
         acquire = self.acquisition(new_size, size, ratio, thickness)
         labels = self.label_channels
         if labels and stack.shape[1] != 1 + labels:
             raise SettingError(
                 f"one image and {labels} label channels are needed, got {stack.shape[1]} channels"
             )
-        for one in [stack] if labels else stack.split(1, dim=1):
+        channels = [stack] if labels else stack.split(1, dim=1)
+        for k, one in enumerate(channels):
             if size < MIN_SLICES:
                 found = self._interpolated(one, ratio, new_size, network)
             else:
                 found = super().__call__(one, network, scale=ratio, thickness=thickness)
-            image = found[:, :1]
             if self.consistency:
-                image = consistent(image, one[:, :1], acquire, share=self.consistency)
-            images.append(image)
-            extras += [found[:, 1 : 1 + labels].sigmoid(), found[:, 1 + labels :]]
+                make_consistent(found[0, 0], one[0, 0], acquire, share=self.consistency)
+            found[:, 1 : 1 + labels].sigmoid_()
+            if len(channels) == 1:
+                result = found
+                break
+            if result is None:
+                result = found.new_empty(1, found.shape[1], len(channels), *found.shape[2:])
+            result[:, :, k] = found
+        assert result is not None
+        result = result.view(1, -1, *result.shape[-3:])
         if size < MIN_SLICES:
             facts["method"] = "cubic interpolation"
             warnings.append(f"only {size} slices: interpolated, the network needs {MIN_SLICES}")
-        result = torch.cat([*images, *extras], dim=1)
-        facts["data_consistency_db"] = _rounded(self._consistency_db(images[0], stack[:, :1], acquire))
+        facts["data_consistency_db"] = _rounded(self._consistency_db(result[0, 0], stack[0, 0], acquire))
         facts["convolutions"] = str(self.used_dtype).removeprefix("torch.")
         facts["warnings"] = warnings
         self.facts = facts
@@ -156,8 +166,13 @@ class VolumeInferer(SliceGroupInferer):
 
     @staticmethod
     def _consistency_db(image: Tensor, stack: Tensor, acquire: Tensor) -> float:
-        again = image @ acquire.to(image).T
-        return psnr(again[0, 0], stack[0, 0], data_range=1.0)
+        again = acquire.to(image).T
+        # Mean squared errors of parts add up, decibels do not.
+        error = sum(
+            10 ** (-psnr(thin @ again, thick, data_range=1.0) / 10) * len(thin) / len(image)
+            for thin, thick in zip(image.split(_ROWS), stack.split(_ROWS), strict=True)
+        )
+        return -10 * math.log10(error) if error else math.inf
 
 
 def projection_matrix(acquire: Tensor, *, damping: float = 1e-2) -> Tensor:
@@ -177,20 +192,27 @@ def projection_matrix(acquire: Tensor, *, damping: float = 1e-2) -> Tensor:
     return (exact.T @ torch.linalg.inv(gram + damping * scale * torch.eye(len(gram)).double())).float()
 
 
-def consistent(image: Tensor, measured: Tensor, acquire: Tensor, *, share: float = 1.0) -> Tensor:
-    """Add back what the acquisition can explain of the difference between measured and re-acquired slices.
+def make_consistent(image: Tensor, measured: Tensor, acquire: Tensor, *, share: float = 1.0) -> None:
+    """Add back, in place, what the acquisition can explain of the difference of measured and re-acquired slices.
+
+    Args:
+        image: thin slices; changed.
+        measured: thick slices.
+        acquire: what makes thick slices of thin ones, ``(thick, thin)``.
+        share: how much of it is added.
 
     Shape:
-        ``(..., thin)`` and ``(..., thick)`` to ``(..., thin)``.
+        ``(H, ..., thin)`` and ``(H, ..., thick)``.
 
     Example:
-        >>> consistent(torch.zeros(1, 4), torch.ones(1, 1), torch.full((1, 4), 0.25)).round(decimals=1).tolist()
+        >>> image = torch.zeros(1, 4)
+        >>> make_consistent(image, torch.ones(1, 1), torch.full((1, 4), 0.25))
+        >>> image.round(decimals=1).tolist()
         [[1.0, 1.0, 1.0, 1.0]]
     """
-    acquire = acquire.to(image)
-    back = projection_matrix(acquire.cpu()).to(image)
-    difference = measured.float() - image @ acquire.T
-    return image + share * (difference @ back.T)
+    again, back = acquire.to(image).T, projection_matrix(acquire.cpu()).to(image).T
+    for thin, thick in zip(image.split(_ROWS), measured.split(_ROWS), strict=True):
+        thin.add_((thick.float() - thin @ again) @ back, alpha=share)
 
 
 def _rounded(value: float) -> float | None:

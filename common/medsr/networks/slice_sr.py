@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,6 +33,16 @@ _STAGES = (64, 64, 128, 256, 512)
 
 _PIXELS_AT_ONCE = 40_000
 """Pixels that pass the plane prior together: measured on a CPU, a third faster than ten times as many."""
+
+_SLOW_BELOW = 20_480
+"""Channels x slices x rows: with fewer, PyTorch's CPU gives a 3D convolution of one sample to a slow kernel."""
+
+_BAND = 24
+"""Columns of the result that are made together without gradients: fewer need less memory, but their halos more time."""
+
+_BAND_HALO = 10
+"""Columns beside them that the layers at full resolution see (``detail``, two blocks, ``fuse``, ``to_basis``: 9),
+even because the layers before have half as many."""
 
 _MIN_UNCERTAINTY, _MAX_UNCERTAINTY = 1e-3, 1.0
 """Bounds of the predicted absolute error, in units of the normalised intensity range: without the lower one the
@@ -114,6 +125,8 @@ class SliceSRNet(nn.Module):
         self.scale = float(scale)
         self.label_classes = int(label_classes)
         self.head = head
+        # Rows x slices from which a window needs no other beside it: see _SLOW_BELOW, at an eighth of the rows.
+        self.alone_from = 8 * _SLOW_BELOW // channels[3]
         self.branches = branches if head == "uncertainty" else 0
         basis = max(16, channels[0]) if basis is None else basis
 
@@ -141,7 +154,6 @@ class SliceSRNet(nn.Module):
         scale: float | None = None,
         thickness: float = 1.0,
         positions: Sequence[float] | None = None,
-        estimate: Tensor | None = None,
     ) -> Tensor:
         """Super-resolve a stack.
 
@@ -150,30 +162,61 @@ class SliceSRNet(nn.Module):
             scale: slice spacing divided by the new slice spacing; default ``self.scale``.
             thickness: slice thickness divided by slice spacing; below 1 with a gap.
             positions: centres of the new slices in units of old slices; default the same field of view.
-            estimate: what :meth:`first_estimate` gives for these positions, if it is known already.
         """
         scale = self.scale if scale is None else float(scale)
         depth = image.shape[-1]
         if positions is None:
             positions = slice_positions(depth, rescaled_size(depth, scale), scale)
-        positions = np.asarray(positions, dtype=np.float64)
-        stack = image.permute(0, 1, 4, 2, 3)
-        features = self._features(stack, scale, float(thickness))
-        if estimate is None:
-            estimate = self.first_estimate(image, scale, thickness, positions)
-        skip = self._skip(estimate)
+        estimate = self.first_estimate(image, scale, thickness, positions)
+        return self.refine(estimate, image, scale=scale, thickness=thickness, positions=positions)
+
+    def refine(
+        self,
+        estimate: Tensor,
+        image: Tensor,
+        *,
+        scale: float,
+        thickness: float,
+        positions: Sequence[float] | np.ndarray,
+        keep: tuple[slice, slice] | None = None,
+    ) -> Tensor:
+        """Turn a first estimate into the result, in place: beside the result itself, little memory is needed.
+
+        Without gradients the layers at full resolution and the read-out, which together take many times the memory
+        of the result, see a band of columns and a few slices at a time.
+
+        Args:
+            estimate: what :meth:`first_estimate` gives for these positions; changed.
+            image: as for :meth:`forward`.
+            scale: as for :meth:`forward`.
+            thickness: as for :meth:`forward`.
+            positions: as for :meth:`forward`.
+            keep: rows and columns of the image that the estimate holds; default all.
+        """
+        height, width, depth = image.shape[-3:]
+        rows, columns = keep or (slice(0, height), slice(0, width))
+        padded, (top, left) = self._padded(image.permute(0, 1, 4, 2, 3))
+        half = self.decoder(self.encoder(padded, self._condition(scale, thickness, image)))
+        gate = self.decoder.last_gate(half)
         slabs, conditions = slabs_and_conditions(positions, depth, scale=scale, thickness=float(thickness))
         index = torch.as_tensor(slabs, device=image.device)
         weights, bias = self._readout_weights(conditions.to(image.device))
-        # The branches of the uncertainty head take many times the memory of the result: without gradients, a few
-        # slices at a time are enough.
-        step = len(positions) if torch.is_grad_enabled() else 4
-        outputs = []
-        for k in range(0, len(positions), step):
-            part = slice(k, k + step)
-            basis = features.index_select(1, index[part])
-            outputs.append(skip[:, part] + self._read(basis, weights[part], bias[part]))
-        return torch.cat(outputs, dim=1).permute(0, 4, 2, 3, 1)
+        learns = torch.is_grad_enabled()
+        # On a GPU, which has the memory, narrow bands would only take time.
+        band = width if learns or image.device.type != "cpu" else _BAND
+        few = len(slabs) if learns else 4
+        for start in range(columns.start, columns.stop, band):
+            stop = min(start + band, columns.stop)
+            basis = self._basis(padded, half, gate, (left + start, left + stop))
+            basis = basis[:, :, top + rows.start : top + rows.stop]
+            target = estimate[..., start - columns.start : stop - columns.start, :]
+            for k in range(0, len(slabs), few):
+                part = slice(k, k + few)
+                read = self._read(basis.index_select(1, index[part]), weights[part], bias[part])
+                target[..., part].add_(read.permute(0, 4, 2, 3, 1))
+            # The next band needs the memory.
+            del basis
+        return estimate
 
     def _readout_weights(self, conditions: Tensor) -> tuple[Tensor, Tensor]:
         """Weights ``(K, M, C)`` and biases ``(K, C)`` of all read-outs side by side."""
@@ -197,7 +240,7 @@ class SliceSRNet(nn.Module):
         log_uncertainty = self.log_uncertainty(attention).clamp(
             float(np.log(_MIN_UNCERTAINTY)), float(np.log(_MAX_UNCERTAINTY))
         )
-        # The skip that is added to all channels holds zero here.
+        # The first estimate, to which all channels are added, holds zero here.
         return torch.cat([chosen, log_uncertainty.exp()], dim=-1)
 
     def encoder_features(
@@ -208,16 +251,20 @@ class SliceSRNet(nn.Module):
         condition = self._condition(self.scale if scale is None else scale, thickness, image)
         return [level.permute(0, 1, 3, 4, 2) for level in self.encoder(padded, condition, count=count)]
 
-    def _features(self, stack: Tensor, scale: float, thickness: float) -> Tensor:
-        """Basis maps in channels-last order ``(B, D, H, W, M)``, float32."""
-        height, width = stack.shape[-2:]
-        padded, (top, left) = self._padded(stack)
-        levels = self.encoder(padded, self._condition(scale, thickness, stack))
-        detail = self.detail(padded)
+    def _basis(
+        self, padded: Tensor, half: tuple[Tensor, Tensor], gate: Tensor, columns: tuple[int, int]
+    ) -> Tensor:
+        """Basis maps of some columns in channels-last order ``(B, D, H, W, M)``, float32."""
+        start, stop = columns
+        low = max(0, start - start % 2 - _BAND_HALO)
+        high = min(padded.shape[-1], stop + stop % 2 + _BAND_HALO)
+        detail = self.detail(padded[..., low:high])
         for block in self.detail_blocks:
             detail = block(detail)
-        decoded = F.leaky_relu(self.fuse(self.decoder(levels) + detail), 0.2)
-        basis = self.to_basis(decoded)[..., top : top + height, left : left + width]
+        detail += self.decoder.last([part[..., low // 2 : high // 2] for part in half], gate)
+        decoded = F.leaky_relu(self.fuse(detail), 0.2, inplace=True)
+        del detail
+        basis = self.to_basis(decoded)[..., start - low : stop - low]
         return basis.permute(0, 2, 3, 4, 1).float()
 
     def _condition(self, scale: float, thickness: float, like: Tensor) -> Tensor:
@@ -240,31 +287,38 @@ class SliceSRNet(nn.Module):
         It needs little memory, so that an inferer may ask for it at once where it runs the network in tiles.
 
         Shape:
-            ``(B, 1 + label_classes, H, W, D)`` to ``(B, 1 + label_classes, H, W, len(positions))``, float32.
+            ``(B, 1 + label_classes, H, W, D)`` to ``(B, 1 + label_classes [+ 1], H, W, len(positions))``, float32;
+            where the uncertainty will be added it holds zero.
         """
+        places = np.asarray(positions, dtype=np.float64)
+        count, (batch, _, height, width, depth) = 1 + self.label_classes, image.shape
+        result = torch.zeros(
+            batch, count + bool(self.branches), height, width, len(places), device=image.device
+        )
+        estimate = result[:, :count]
         if self.prior is None:
-            return interpolated(image, np.asarray(positions, dtype=np.float64))
-        first = self._planes(image.transpose(2, 3), scale, thickness, positions).transpose(2, 3)
-        return (first + self._planes(image, scale, thickness, positions)) / 2
+            few = max(1, _PIXELS_AT_ONCE // (width * depth))
+            for k in range(0, height, few):
+                estimate[:, :, k : k + few] = interpolated(image[:, :, k : k + few], places)
+            return result
+        for source, target in ((image.transpose(2, 3), estimate.transpose(2, 3)), (image, estimate)):
+            self._add_planes(target, source, scale, thickness, places)
+        return result
 
-    def _planes(
-        self, image: Tensor, scale: float, thickness: float, positions: Sequence[float] | np.ndarray
-    ) -> Tensor:
-        """The prior over the planes ``(W, D)`` of a stack ``(B, C, H, W, D)``."""
+    def _add_planes(
+        self, target: Tensor, image: Tensor, scale: float, thickness: float, positions: np.ndarray
+    ) -> None:
+        """Add half the prior over the planes ``(W, D)`` of a stack ``(B, C, H, W, D)``."""
         assert self.prior is not None
-        planes = image.transpose(1, 2).flatten(0, 1)
         # Few planes at a time stay in the processor's cache; with gradients nothing is saved by it.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.prior.parameters())
-        few = max(1, _PIXELS_AT_ONCE // (planes.shape[-2] * planes.shape[-1]))
+        batch, _, height, width, depth = image.shape
+        few = height if learns else max(1, _PIXELS_AT_ONCE // (batch * width * depth))
         with torch.set_grad_enabled(learns):
-            parts = planes.split(len(planes) if learns else few)
-            fine = torch.cat([self.prior(part, scale, thickness, positions) for part in parts])
-        return fine.unflatten(0, (image.shape[0], image.shape[2])).transpose(1, 2)
-
-    def _skip(self, estimate: Tensor) -> Tensor:
-        """The estimate in channels-last order ``(B, D', H, W, C)``, and zeros where the uncertainty is added."""
-        skip = estimate.permute(0, 4, 2, 3, 1)
-        return F.pad(skip, (0, 1)) if self.branches else skip
+            for k in range(0, height, few):
+                planes = image[:, :, k : k + few].transpose(1, 2)
+                fine = self.prior(planes.flatten(0, 1), scale, thickness, positions)
+                target[:, :, k : k + few].add_(fine.unflatten(0, planes.shape[:2]).transpose(1, 2), alpha=0.5)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -296,7 +350,15 @@ class _Gate(nn.Module):
         self.linear = nn.Conv3d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.linear(x.mean(dim=(2, 3, 4), keepdim=True)))
+        return self.multiplied(x, self.values(x.mean(dim=(2, 3, 4), keepdim=True)))
+
+    def values(self, means: Tensor) -> Tensor:
+        return torch.sigmoid(self.linear(means))
+
+    @staticmethod
+    def multiplied(x: Tensor, values: Tensor) -> Tensor:
+        # Gradients need what comes in.
+        return x * values if torch.is_grad_enabled() else x.mul_(values)
 
 
 class _ResidualBlock(nn.Module):
@@ -313,8 +375,9 @@ class _ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        skip = x if self.project is None else self.project(x)
-        return F.relu(self.gate(self.conv2(F.relu(self.conv1(x)))) + skip)
+        found = self.gate(self.conv2(F.relu(self.conv1(x), inplace=True)))
+        found += x if self.project is None else self.project(x)
+        return F.relu(found, inplace=True)
 
 
 class _PlainBlock(nn.Module):
@@ -326,7 +389,9 @@ class _PlainBlock(nn.Module):
         self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(x)))
+        found = self.conv2(F.relu(self.conv1(x), inplace=True))
+        found += x
+        return found
 
 
 class _Encoder(nn.Module):
@@ -341,7 +406,9 @@ class _Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor, condition: Tensor, *, count: int = 5) -> list[Tensor]:
-        levels = [F.relu(self.stem(x) + condition)]
+        first = self.stem(x)
+        first += condition
+        levels = [F.relu(first, inplace=True)]
         for stage in self.stages[: count - 1]:
             levels.append(stage(levels[-1]))
         return levels
@@ -364,12 +431,38 @@ class _Decoder(nn.Module):
         )
         self.gates = nn.ModuleList(_Gate(c) for c in (c3, c2, c1, c0, c0))
 
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        x0, x1, x2, x3, x = levels
-        for layer, gate, skip in zip(self.layers, self.gates, (x3, x2, x1, x0, None), strict=True):
-            x = F.leaky_relu(gate(layer(x)), 0.2)
-            x = x if skip is None else torch.cat([x, skip], dim=1)
-        return x
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both parts of the input of the last layer; the levels are let go as soon as they are joined."""
+        x = levels.pop()
+        for layer, gate in zip(self.layers[:-1], self.gates[:-1], strict=True):
+            x = F.leaky_relu(gate(layer(x)), 0.2, inplace=True)
+            if len(levels) > 1:
+                x = torch.cat([x, levels.pop()], dim=1)
+        return x, levels.pop()
+
+    def last_gate(self, parts: tuple[Tensor, Tensor]) -> Tensor:
+        """Gate of the last layer, whose means follow from sums of its input: its output may come in bands."""
+        layer = cast(nn.ConvTranspose3d, self.layers[-1])
+        voxels = 1
+        with torch.autocast(parts[0].device.type, enabled=False):
+            sums = [part.float() for part in parts]
+            for axis, count in enumerate(parts[0].shape[2:]):
+                taps, step, pad = layer.kernel_size[axis], layer.stride[axis], layer.padding[axis]
+                size = (count - 1) * step - 2 * pad + taps
+                # The inputs that each tap does not throw over the border.
+                places = torch.arange(count) * step - pad + torch.arange(taps)[:, None]
+                inside = ((places >= 0) & (places < size)).to(sums[0])
+                sums = [torch.tensordot(one, inside, dims=([2], [1])) for one in sums]
+                voxels *= size
+            means = (
+                torch.einsum("bcdhw,codhw->bo", torch.cat(sums, dim=1), layer.weight) / voxels + layer.bias
+            )
+        return self.gates[-1].values(means[..., None, None, None])
+
+    def last(self, parts: Sequence[Tensor], gate: Tensor) -> Tensor:
+        """The last layer."""
+        found = self.layers[-1](torch.cat(tuple(parts), dim=1))
+        return F.leaky_relu(_Gate.multiplied(found, gate), 0.2, inplace=True)
 
 
 def convert_flavr(path: str | Path) -> OrderedDict[str, Tensor]:

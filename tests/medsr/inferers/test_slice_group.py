@@ -182,6 +182,21 @@ def test_samples_of_a_batch_do_not_mix(tiling):
         assert torch.allclose(together[k : k + 1], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"both_directions": True}, {"amp": "bfloat16"}])
+def test_windows_alone_and_together_give_the_same_result(batch, settings):
+    torch.manual_seed(0)
+    network, images = trained("uncertainty"), torch.rand(batch, 1, 29, 44, 7)
+    run = inferer(tile=16, halo=4, group=4, context=1, **settings)
+    together = run(images, network, scale=2.5)
+    network.alone_from = 0
+    alone = run(images, network, scale=2.5)
+    assert torch.allclose(alone, together, atol=1e-2 if "amp" in settings else 1e-6)
+    assert not torch.allclose(
+        alone, network.first_estimate(images, 2.5, 1.0, slice_positions(7, 18, 2.5)), atol=1e-2
+    )
+
+
 def test_sizes_that_fit_neither_tile_nor_network_are_served():
     found = inferer(tile=8, halo=4, group=2)(torch.rand(1, 1, 29, 17, 5), trained(), scale=3.5)
     assert found.shape == (1, 1, 29, 17, 18)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from medsr.errors import DataError, SettingError
 from medsr.geometry import rescaled_size, slice_positions
-from medsr.inferers.volume import MIN_SLICES, VolumeInferer, consistent, projection_matrix
+from medsr.inferers.volume import MIN_SLICES, VolumeInferer, make_consistent, projection_matrix
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.resampling import interpolation_matrix
 from medsr.transforms.thick_slices import ThickSliceParameters
@@ -155,10 +155,31 @@ def test_consistency_explains_the_measured_slices(profile):
 def test_consistency_keeps_what_is_consistent_already(ratio):
     size = rescaled_size(6, ratio)
     acquire = inferer().acquisition(size, 6, ratio, 0.8)
-    constant = torch.full((2, size), 0.6)
-    assert torch.allclose(consistent(constant, torch.full((2, 6), 0.6), acquire), constant, atol=1e-6)
-    detailed = torch.rand(2, size)
-    assert torch.allclose(consistent(detailed, detailed @ acquire.T, acquire), detailed, atol=1e-5)
+    for image, tolerance in ((torch.full((2, size), 0.6), 1e-6), (torch.rand(2, size), 1e-5)):
+        found = image.clone()
+        make_consistent(found, image @ acquire.T, acquire)
+        assert torch.allclose(found, image, atol=tolerance)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_consistency_in_parts_is_that_of_the_whole(rows, share):
+    acquire = inferer().acquisition(24, 6, 4.0, 0.8)
+    image, measured = torch.rand(rows, 5, 24), torch.rand(rows, 5, 6)
+    difference = measured - image @ acquire.T
+    expected = image + share * difference @ projection_matrix(acquire).T
+    make_consistent(image, measured, acquire, share=share)
+    assert torch.allclose(image, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("height", [5, 16, 35])
+def test_the_consistency_level_is_that_of_the_whole_volume(height):
+    values = torch.rand(1, 1, height, 7, 6)
+    run = inferer(consistency=0.0)
+    found = run(MetaTensor(values, affine=torch.diag(torch.tensor([1.0, 1.0, 4.0, 1.0]))), Recorder(0.1))
+    again = found @ run.acquisition(24, 6, 4.0, 1.0).T
+    expected = -10 * np.log10(float((again - values).double().square().mean()))
+    assert run.facts["data_consistency_db"] == pytest.approx(expected, abs=0.006)
 
 
 def test_a_constant_scan_stays_constant():

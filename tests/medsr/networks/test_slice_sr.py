@@ -116,16 +116,30 @@ def test_with_a_prior_the_residual_is_on_the_mean_of_both_planes(ratio):
 
 @pytest.mark.parametrize("settings", [{"head": "plain"}, {"head": "uncertainty", "label_classes": 2}])
 @pytest.mark.parametrize("prior", [False, True])
-def test_an_estimate_that_is_known_already_gives_the_same_result(prior, settings):
+def test_an_estimate_is_refined_in_place_to_the_same_result(prior, settings):
     torch.manual_seed(0)
     network = perturbed(SliceSRNet(0.125, branches=4, prior=prior, **settings)).eval()
     image = stack(5, channels=1 + settings.get("label_classes", 0))
     positions = slice_positions(5, 13, 2.6)
     with torch.inference_mode():
         estimate = network.first_estimate(image, 2.6, 0.9, positions=positions)
-        part = slice(4, 9)
-        found = network(image, 2.6, 0.9, positions[part], estimate[..., part])
-        assert torch.allclose(found, network(image, 2.6, 0.9)[..., part], atol=1e-5)
+        before, part = estimate.clone(), slice(4, 9)
+        network.refine(estimate[..., part], image, scale=2.6, thickness=0.9, positions=positions[part])
+        assert torch.allclose(estimate[..., part], network(image, 2.6, 0.9)[..., part], atol=1e-5)
+        assert torch.equal(estimate[..., 9:], before[..., 9:])
+
+
+@pytest.mark.parametrize("size", [(24, 72), (21, 69)])
+def test_the_part_of_the_plane_that_is_kept_is_that_of_the_whole(size):
+    network, image = perturbed(tiny("uncertainty")), stack(5, size)
+    whole = network(image, scale=3).detach()
+    rows, columns = slice(3, 19), slice(7, 66)
+    positions = slice_positions(5, 15, 3)
+    with torch.inference_mode():
+        estimate = network.first_estimate(image, 3, 1.0, positions)[..., rows, columns, :]
+        network.refine(estimate, image, scale=3, thickness=1.0, positions=positions, keep=(rows, columns))
+    # Bands of columns, which their neighbours reach into, equal the whole plane with gradients.
+    assert torch.allclose(estimate, whole[..., rows, columns, :], atol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [2, 2.5, 4])
