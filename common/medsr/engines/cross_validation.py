@@ -15,7 +15,7 @@ from monai.bundle import ConfigWorkflow
 from medsr.engines.frame_comparison import frame_table
 from medsr.engines.runner import one_line_errors
 from medsr.errors import DataError, SettingError
-from medsr.io.masks import find_labelled_frames, group_of
+from medsr.io.masks import find_labelled_frames, frames_of_groups, group_of
 from medsr.io.writing import probe_folder, write_json
 from medsr.metrics.frames import over_folds, summary
 
@@ -63,16 +63,7 @@ def frame_items(
         )
     folders = [sources] if isinstance(sources, (str, Path)) else sources
     items = [item for folder in folders for item in find_labelled_frames(folder, labels=labels)]
-    known = sorted({group_of(item["case"]) for item in items})
-    wanted = known if groups is None else groups
-    unknown = [group for group in (*wanted, *leave_out) if group not in known]
-    if unknown:
-        raise DataError(f"there is no group '{unknown[0]}' in the folders; there are {', '.join(known)}")
-    kept = set(wanted) - set(leave_out)
-    items = [item for item in items if group_of(item["case"]) in kept]
-    if not items:
-        raise DataError(f"no frame is left of the groups {', '.join(known)}; leave out fewer")
-    return items
+    return frames_of_groups(items, leave_out, groups=groups)
 
 
 def group_folds(

@@ -32,7 +32,14 @@ from medsr.io.loading import LoadImageFiled
 from medsr.io.stereo import find_stereo_cases
 from medsr.io.video import VIDEO_FORMATS, VideoWriter, is_video, read_frames, read_video_header, write_video
 from medsr.io.writing import probe_folder
-from medsr.transforms.stereo import FRAME_LAYOUTS, JoinViewsd, SplitFramed, match_rows, shift_rows
+from medsr.transforms.stereo import (
+    FRAME_LAYOUTS,
+    ROW_RESIDUAL_LIMIT_PX,
+    JoinViewsd,
+    SplitFramed,
+    match_rows,
+    shift_rows,
+)
 
 __all__ = ["RESULTS", "StereoVideo"]
 
@@ -44,9 +51,6 @@ _VIEWS = ("left", "right")
 
 _ENOUGH, _LOOKED_AT = 5, 50
 """Frames whose rows are compared, and frames that are looked at until so many have something in common."""
-
-_RESIDUAL_LIMIT_PX = 1.0
-"""Vertical disparity above which attention along rows misses its matches."""
 
 _FACTS = ("mode", "tiles", "precision", "scale", "back_projection", "notice")
 """What the inferer says of a frame and holds for all of them."""
@@ -238,7 +242,7 @@ class StereoVideo:
             residual = max(abs(offset - shift), median(match.spread_px for match in matches))
             disparity = median(match.disparity_px for match in matches)
             entry.update(row_residual_px=round(residual, 2), disparity_px=disparity)
-            if residual > _RESIDUAL_LIMIT_PX:
+            if residual > ROW_RESIDUAL_LIMIT_PX:
                 entry["warnings"].append(
                     f"rows of the views differ by {residual:.1f} px after a shift of {shift}; rectify the video"
                 )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from medsr.errors import DataError, MedsrError, SettingError
 from medsr.inferers.precision import PRECISIONS, choose_precision
 from medsr.transforms.bicubic import bicubic_resize
+from medsr.transforms.frame_labels import reduced_size
 
 __all__ = ["FrameSegmentationInferer"]
 
@@ -127,9 +128,8 @@ class FrameSegmentationInferer(Inferer):
         height, width = image.shape[-2:]
         if self.longest is None:
             return height, width
-        # As ResizeFramed, to the pixel.
-        factor = max(height, width) / self.longest
-        return max(1, round(height / factor)), max(1, round(width / factor))
+        # The scale that ResizeFramed gives a frame in training.
+        return reduced_size(height, width, max(height, width) / self.longest)
 
     def _precision(self, image: Tensor, network: _Network, warnings: list[str]) -> torch.dtype:
         if self.amp != "float32" and not network.half_precision_safe:

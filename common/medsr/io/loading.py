@@ -16,7 +16,7 @@ from medsr.errors import SettingError
 from medsr.io.cases import read_case
 from medsr.io.images import read_image
 
-__all__ = ["LoadImageFiled", "LoadVolumed"]
+__all__ = ["LoadImageFiled", "LoadVolumed", "loaded_name"]
 
 _LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue."""
@@ -150,3 +150,18 @@ class LoadImageFiled(MapTransform):
         if self.channels == 3:
             return image.repeat(3, 1, 1)
         return torch.einsum("c,chw->hw", image.new_tensor(_LUMA), image)[None]
+
+
+def loaded_name(image: Any, key: Hashable) -> str:
+    """What to call an image in a message: its file's name, for the folder may say more than it should, else its key.
+
+    Args:
+        image: a tensor, with the metadata of its reader or without.
+        key: where it is in its item.
+
+    Example:
+        >>> loaded_name(MetaTensor(torch.zeros(1), meta={"filename_or_obj": "jane_doe/scan.png"}), "image")
+        'scan.png'
+    """
+    path = str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else ""
+    return path.replace("\\", "/").rsplit("/", 1)[-1] or str(key)

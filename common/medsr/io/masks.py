@@ -15,7 +15,7 @@ from medsr.errors import DataError, OutputError
 from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding, find_images, read_image, read_image_header
 
-__all__ = ["find_labelled_frames", "group_of", "read_mask", "write_mask"]
+__all__ = ["find_labelled_frames", "frames_of_groups", "group_of", "read_mask", "write_mask"]
 
 _FORMATS = ("PNG", "TIFF", "BMP")
 
@@ -65,20 +65,46 @@ def find_labelled_frames(
         where = labels if alone[0] in images else "images"
         more = f" (and {len(alone) - 1} more)" if alone[1:] else ""
         raise DataError(f"{name}: {alone[0]} has no partner in {where}/{more}; names must be equal")
-    known = sorted({group_of(case) for case in images})
+    items = [{"case": case, "image": images[case], "label": masks[case]} for case in sorted(images)]
+    try:
+        return frames_of_groups(items, leave_out, groups=groups, where="")
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+
+
+def frames_of_groups(
+    items: Sequence[dict[str, str]],
+    leave_out: Sequence[str] = (),
+    *,
+    groups: Sequence[str] | None = None,
+    where: str = " in the folders",
+) -> list[dict[str, str]]:
+    """Keep the frames of some groups.
+
+    Args:
+        items: with the key ``case``.
+        leave_out: names of groups that are not kept.
+        groups: names of the only groups to use; default all.
+        where: what a message says of the source.
+
+    Raises:
+        DataError: if a group does not exist, or no frame is left.
+
+    Example:
+        >>> frames_of_groups([{"case": "a-1"}, {"case": "b-1"}], ["a"])
+        [{'case': 'b-1'}]
+    """
+    known = sorted({group_of(item["case"]) for item in items})
+    leave_out = ensure_tuple(leave_out)
     wanted = known if groups is None else ensure_tuple(groups)
-    unknown = [group for group in (*wanted, *ensure_tuple(leave_out)) if group not in known]
+    unknown = [group for group in (*wanted, *leave_out) if group not in known]
     if unknown:
-        raise DataError(f"{name}: there is no group '{unknown[0]}'; there are {', '.join(known)}")
-    kept = set(wanted) - set(ensure_tuple(leave_out))
-    items = [
-        {"case": case, "image": images[case], "label": masks[case]}
-        for case in sorted(images)
-        if group_of(case) in kept
-    ]
-    if not items:
-        raise DataError(f"{name}: no frame is left of the groups {', '.join(known)}; leave out fewer")
-    return items
+        raise DataError(f"there is no group '{unknown[0]}'{where}; there are {', '.join(known)}")
+    kept = set(wanted) - set(leave_out)
+    found = [item for item in items if group_of(item["case"]) in kept]
+    if not found:
+        raise DataError(f"no frame is left of the groups {', '.join(known)}; leave out fewer")
+    return found
 
 
 def group_of(case: str) -> str:

@@ -8,7 +8,6 @@ their like move image and mask together.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,13 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Resize
 from monai.utils import MetaKeys, ensure_tuple
-from torch import Tensor
 
 from medsr.errors import DataError, SettingError
+from medsr.io.loading import loaded_name
 from medsr.io.masks import read_mask
 from medsr.transforms.bicubic import bicubic_resize
 
-__all__ = ["IGNORED", "GreysToClassesd", "LoadMaskd", "ResizeFramed", "SameSized"]
+__all__ = ["IGNORED", "GreysToClassesd", "LoadMaskd", "ResizeFramed", "SameSized", "reduced_size"]
 
 IGNORED = 255
 """Class index of pixels that nobody labelled: losses and scores leave them out."""
@@ -99,8 +98,9 @@ class SameSized(MapTransform):
             mask = result[key]
             if mask.shape[1:] != image.shape[1:]:
                 sizes = [" x ".join(str(n) for n in one.shape[1:]) for one in (mask, image)]
+                names = loaded_name(mask, key), loaded_name(image, self.image_key)
                 raise DataError(
-                    f"{_name(mask, key)}: {sizes[0]} pixels, but {_name(image, self.image_key)} has {sizes[1]}; "
+                    f"{names[0]}: {sizes[0]} pixels, but {names[1]} has {sizes[1]}; "
                     "a mask must lie on its image pixel by pixel"
                 )
         return result
@@ -163,8 +163,8 @@ class GreysToClassesd(MapTransform):
             foreign = greys[self.greys[place] != greys]
             if len(foreign):
                 raise DataError(
-                    f"{_name(mask, key)}: grey value {foreign.min().item()} belongs to no class of {self.listed}; "
-                    "add it to label_map or to the values to ignore"
+                    f"{loaded_name(mask, key)}: grey value {foreign.min().item()} belongs to no class of "
+                    f"{self.listed}; add it to label_map or to the values to ignore"
                 )
             found = self.indices[place]
             result[key] = MetaTensor(found).copy_meta_from(mask) if isinstance(mask, MetaTensor) else found
@@ -235,9 +235,14 @@ class ResizeFramed(MapTransform):
             rows, columns = self.size
             return int(rows), int(columns)
         factor = self.factor or max(height, width) / (self.longest or 1)
-        return max(1, round(height / factor)), max(1, round(width / factor))
+        return reduced_size(height, width, factor)
 
 
-def _name(image: Tensor, key: Hashable) -> str:
-    meta = image.meta if isinstance(image, MetaTensor) else {}
-    return Path(str(meta.get("filename_or_obj", key))).name
+def reduced_size(height: int, width: int, factor: float) -> tuple[int, int]:
+    """Rows and columns of a frame whose sides are divided by a factor: rounded, and at least 1.
+
+    Example:
+        >>> reduced_size(360, 640, 640 / 100)
+        (56, 100)
+    """
+    return max(1, round(height / factor)), max(1, round(width / factor))

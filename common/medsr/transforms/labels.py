@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from medsr.errors import DataError, SettingError
+from medsr.io.loading import loaded_name
 
 __all__ = ["ClassesToChannelsd", "SameGridd", "drawn_classes", "with_background"]
 
@@ -52,7 +52,7 @@ class SameGridd(MapTransform):
         image = data[self.image_key]
         for key in self.key_iterator(dict(data)):
             mask = data[key]
-            names = _name(mask, str(key)), _name(image, self.image_key)
+            names = loaded_name(mask, key), loaded_name(image, self.image_key)
             if mask.shape[1:] != image.shape[1:]:
                 sizes = [" x ".join(str(int(n)) for n in x.shape[1:]) for x in (mask, image)]
                 raise DataError(
@@ -116,7 +116,7 @@ class ClassesToChannelsd(MapTransform):
             foreign = [value for value in torch.unique(whole).tolist() if value not in (0, *declared)]
             if foreign:
                 raise DataError(
-                    f"{_name(mask, str(key))}: value {foreign[0]:g} belongs to no class of "
+                    f"{loaded_name(mask, key)}: value {foreign[0]:g} belongs to no class of "
                     f"{', '.join(f'{name} {values}' for name, values in self.classes.items())}; set classes"
                 )
             channels = [torch.isin(whole, torch.tensor(v).to(whole)) for v in self.classes.values()]
@@ -163,11 +163,6 @@ def with_background(foreground: Tensor, *, dim: int = 0) -> Tensor:
     foreground = foreground.clamp(0, 1)
     foreground = foreground / foreground.sum(dim, keepdim=True).clamp_min(1)
     return torch.cat([1 - foreground.sum(dim, keepdim=True), foreground], dim=dim)
-
-
-def _name(image: Any, key: str) -> str:
-    meta = image.meta if isinstance(image, MetaTensor) else {}
-    return Path(str(meta.get("filename_or_obj", key))).name
 
 
 def _corner_distance_mm(first: MetaTensor, second: MetaTensor) -> float:

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medsr.errors import DataError, SettingError
+from medsr.io.loading import loaded_name
 
 __all__ = [
     "FRAME_LAYOUTS",
+    "ROW_RESIDUAL_LIMIT_PX",
     "AlignRowsd",
     "EndoVis17Framed",
     "JoinViewsd",
@@ -45,7 +47,7 @@ FRAME_LAYOUTS = ("side_by_side", "top_bottom")
 _PATCHES, _LIKE, _ENOUGH = 64, 0.8, 5
 """Patches that are looked for in the other view, correlation from which one counts as found, and how many must be."""
 
-_RESIDUAL_LIMIT_PX = 1.0
+ROW_RESIDUAL_LIMIT_PX = 1.0
 """Vertical disparity above which a pair counts as not rectified: attention along rows misses its matches."""
 
 _ENDOVIS17_FRAME, _ENDOVIS17_IMAGE, _ENDOVIS17_CLEAN = (
@@ -100,10 +102,12 @@ class JoinViewsd(MapTransform):
             left = result[key]
             alone = right_key not in result
             right = left if alone else result.pop(right_key)
-            refuse_unequal_views(_name(left, key), left.shape, right.shape)
+            refuse_unequal_views(loaded_name(left, key), left.shape, right.shape)
             channels = len(left) if self.channels is None else self.channels
             if len(left) not in (1, channels):
-                raise DataError(f"{_name(left, key)}: views of {len(left)} channels; {channels} are needed")
+                raise DataError(
+                    f"{loaded_name(left, key)}: views of {len(left)} channels; {channels} are needed"
+                )
             result[key] = torch.cat([one.expand(channels, -1, -1) for one in (left, right)])
             if alone:
                 result[key] = _noted(result[key], ["there is no second view: the image was taken for both"])
@@ -157,7 +161,7 @@ class SplitViewsd(MapTransform):
         for key in self.key_iterator(result):
             pair = result[key]
             if len(pair) % 2:
-                raise DataError(f"{_name(pair, key)}: {len(pair)} channels are no pair")
+                raise DataError(f"{loaded_name(pair, key)}: {len(pair)} channels are no pair")
             result[f"{key}_left"], result[f"{key}_right"] = pair.chunk(2)
         return result
 
@@ -204,7 +208,8 @@ class SplitFramed(MapTransform):
             frame = result[key]
             if frame.shape[axis] % 2:
                 raise DataError(
-                    f"{_name(frame, key)}: a frame of {_size(frame)} is not two views {self.layout.replace('_', ' ')}"
+                    f"{loaded_name(frame, key)}: a frame of {_size(frame)} is not two views "
+                    f"{self.layout.replace('_', ' ')}"
                 )
             views = frame.chunk(2, axis)
             result[key] = torch.cat(views[::-1] if self.right_first else views)
@@ -491,7 +496,7 @@ class AlignRowsd(MapTransform):
         try:
             aligned = shift_rows(pair, shift)
         except SettingError as error:
-            raise DataError(f"{_name(pair, key)}: {error}") from None
+            raise DataError(f"{loaded_name(pair, key)}: {error}") from None
         aligned.meta["row_offset_px"] = shift
         warnings = []
         if found is None:
@@ -501,14 +506,14 @@ class AlignRowsd(MapTransform):
             aligned.meta.update(
                 row_residual_px=residual, row_patches=found.patches, disparity_px=found.disparity_px
             )
-            if residual > _RESIDUAL_LIMIT_PX:
+            if residual > ROW_RESIDUAL_LIMIT_PX:
                 warnings.append(
                     f"rows of the views differ by {residual:.1f} px after a shift of {shift}; rectify the pair"
                 )
             if self.parallel and found.disparity_px < 0:
                 warnings.append(f"the disparity is {found.disparity_px:g} px: the views look swapped")
         for warning in warnings:
-            _log.warning("%s: %s", _name(pair, key), warning)
+            _log.warning("%s: %s", loaded_name(pair, key), warning)
         return _noted(aligned, warnings)
 
 
@@ -559,7 +564,7 @@ class EndoVis17Framed(MapTransform):
             frame = result[key]
             if tuple(frame.shape[1:]) != _ENDOVIS17_FRAME:
                 raise DataError(
-                    f"{_name(frame, key)}: frames of EndoVis 2017 are 1080 x 1920 pixels, got {_size(frame)}"
+                    f"{loaded_name(frame, key)}: frames of EndoVis 2017 are 1080 x 1920 pixels, got {_size(frame)}"
                 )
             if self.deinterlace:
                 even = frame[:, ::2]
@@ -621,12 +626,6 @@ def _noted(image: Tensor, warnings: Sequence[str]) -> MetaTensor:
     known = [line for line in str(noted.meta.get("notes", "")).splitlines() if line]
     noted.meta["notes"] = "\n".join([*known, *warnings])
     return noted
-
-
-def _name(image: Any, key: Hashable) -> str:
-    """What to call an image in a message: the folder does not matter, and may say more than it should."""
-    path = str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else ""
-    return path.replace("\\", "/").rsplit("/", 1)[-1] or str(key)
 
 
 def _size(image: Tensor) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from medsr.errors import DataError, SettingError
 from medsr.io.images import ImageEncoding
-from medsr.io.loading import LoadImageFiled, LoadVolumed
+from medsr.io.loading import LoadImageFiled, LoadVolumed, loaded_name
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.transforms import Compose, Orientationd
 from PIL import Image
@@ -170,3 +170,9 @@ def test_photographs_that_fail_say_why(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a.png: not a PNG"):
         transform({"image": tmp_path / "a.png"})
+
+
+def test_an_image_is_called_by_its_file_else_by_its_key():
+    meta = {"filename_or_obj": "C:\\scans\\jane_doe\\a.png"}
+    assert loaded_name(MetaTensor(torch.zeros(1), meta=meta), "image") == "a.png"
+    assert loaded_name(torch.zeros(1), "image") == loaded_name(MetaTensor(torch.zeros(1)), "image") == "image"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from medsr.errors import DataError, OutputError
-from medsr.io.masks import find_labelled_frames, group_of, read_mask, write_mask
+from medsr.io.masks import find_labelled_frames, frames_of_groups, group_of, read_mask, write_mask
 from PIL import Image
 
 GREYS = np.array([[0, 10, 20], [30, 31, 255]], dtype=np.uint8)
@@ -162,3 +162,10 @@ def test_values_that_do_not_fit_are_not_written(tmp_path, values):
     with pytest.raises(OutputError, match="whole numbers from 0 to 255"):
         write_mask(tmp_path / "m.png", values)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_are_kept_by_group():
+    items = [{"case": case} for case in ("a-1", "a-2", "b-1", "c-1")]
+    assert [item["case"] for item in frames_of_groups(items, ["c"], groups=["a", "c"])] == ["a-1", "a-2"]
+    with pytest.raises(DataError, match="there is no group 'x' in the folders; there are a, b, c"):
+        frames_of_groups(items, ["x"])
