@@ -39,8 +39,13 @@ FOLDER_VARIABLE = "MEDSR_BUNDLES"
 # In the order of monai.bundle.run's own parameters: it takes them by position as well.
 _RUNNER_POSITIONS = ("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking")
 
-# What is typed as in JSON, and how MONAI's command line would understand it.
-_PYTHON_WORDS = {"false": "False", "null": "None"}
+# What MONAI's command line misunderstands, how it does, and what to type: a word that is not empty counts as true, so
+# that --overwrite false would overwrite, and None leaves the config's value.
+_MISREAD = {
+    "false": ("would be read as a word", "False"),
+    "null": ("would be read as a word", "'$None'"),
+    "None": ("would change nothing", "'$None'"),
+}
 
 _RUNNER_OPTIONS = frozenset({*_RUNNER_POSITIONS, "args_file", "workflow_name", "workflow_type"})
 
@@ -205,7 +210,7 @@ def overrides_in(argv: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
 def check_overrides(argv: Sequence[str] | None = None) -> None:
     """Refuse a misspelt override on the command line of a bundle run; do nothing for any other process.
 
-    So is ``false`` or ``null`` as a value: MONAI's command line reads Python, where these are words like any other.
+    So is ``false``, ``null`` or ``None`` as a value, none of which means there what it says.
     Bundles call this as the first step of ``run``. YAML configs are not checked: the standard library cannot
     read them.
 
@@ -213,7 +218,8 @@ def check_overrides(argv: Sequence[str] | None = None) -> None:
         argv: command line; default ``sys.argv``.
 
     Raises:
-        SettingError: if an override names a setting that no config file has, or says ``false`` or ``null``.
+        SettingError: if an override names a setting that no config file has, or says ``false``, ``null`` or
+            ``None``.
 
     Example:
         >>> check_overrides(["pytest", "--output_dri", "x"])
@@ -224,9 +230,9 @@ def check_overrides(argv: Sequence[str] | None = None) -> None:
         return
     refuse_unknown(overrides, files)
     for key, value in _options(_runner_words(argv) or []).items():
-        if value in _PYTHON_WORDS:
-            # A word that is not empty counts as true: --overwrite false would overwrite.
-            raise SettingError(f"--{key} {value} would be read as a word; write {_PYTHON_WORDS[value]}")
+        if value in _MISREAD:
+            what, instead = _MISREAD[value]
+            raise SettingError(f"--{key} {value} {what}; write {instead}")
 
 
 def weights_digest(root: str | Path, file: str = "models/model.pt") -> str:

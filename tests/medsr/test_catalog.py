@@ -265,12 +265,21 @@ def test_a_misspelt_override_stops_the_run(bundles: Path) -> None:
         catalog.check_overrides([*RUN, "--config_file", config, "--output_dri", "x"])
 
 
-@pytest.mark.parametrize(("word", "python"), [("false", "False"), ("null", "None")])
-def test_words_that_would_count_as_true_are_refused(bundles: Path, word: str, python: str) -> None:
+@pytest.mark.parametrize(
+    ("word", "advice", "instead"),
+    [
+        ("false", "would be read as a word; write False", "False"),
+        ("null", r"would be read as a word; write '\$None'", "$None"),
+        ("None", r"would change nothing; write '\$None'", "$None"),
+    ],
+)
+def test_words_that_mean_something_else_are_refused(
+    bundles: Path, word: str, advice: str, instead: str
+) -> None:
     config = str(bundles / "mri_superres" / "configs" / "train.json")
-    with pytest.raises(SettingError, match=f"--output_dir {word} would be read as a word; write {python}"):
+    with pytest.raises(SettingError, match=f"--output_dir {word} {advice}"):
         catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", word])
-    catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", python])
+    catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", instead])
 
 
 def test_other_processes_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
