@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from medsr.errors import DataError, SettingError
 from medsr.geometry import spacing_of, through_plane_ratio
+from medsr.inferers.head_box import head_box
 from medsr.inferers.precision import PRECISIONS, choose_precision
 from medsr.inferers.volume import MIN_SLICES
-from medsr.metrics.volume import head_mask
 
 __all__ = ["ThickSegmentationInferer"]
 
@@ -124,7 +124,7 @@ class ThickSegmentationInferer(Inferer):
         if isinstance(network, nn.Module):
             network.eval()
         whole = inputs.as_tensor().float()
-        box = (slice(None), slice(None), *_head_box(whole))
+        box = (slice(None), slice(None), *head_box(whole))
         stack = whole[box]
         with torch.no_grad():
             window = [
@@ -197,16 +197,6 @@ class ThickSegmentationInferer(Inferer):
         if inputs.shape[-1] < MIN_SLICES:
             warnings.append(f"only {inputs.shape[-1]} slices: the network has no context to speak of")
         return ratio, warnings
-
-
-def _head_box(volume: Tensor) -> tuple[slice, slice]:
-    """Rows and columns of ``(1, 1, H, W, D)`` that the head reaches."""
-    try:
-        mask = head_mask(volume[0, 0].cpu().numpy()).any(axis=-1)
-    except DataError:
-        return slice(None), slice(None)
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def _background_around(probabilities: Tensor, whole: Tensor, box: tuple[slice, ...]) -> Tensor:

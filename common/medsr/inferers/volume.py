@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medsr.errors import SettingError
 from medsr.geometry import rescaled_size, slice_positions, spacing_of, through_plane_ratio
+from medsr.inferers.head_box import head_box
 from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.metrics.volume import psnr
 from medsr.resampling import interpolation_matrix
@@ -27,13 +28,18 @@ _ROWS = 16
 """Rows of a volume that are compared with its measured slices at a time: copies of whole results cost memory."""
 
 
+_HEAD_MARGIN = 16
+"""Voxels around the head that the network sees and makes, too: air next to the head tells where it ends."""
+
+
 class VolumeInferer(SliceGroupInferer):
     """Super-resolves volumes whose affine says how thick the slices are.
 
     The ratio is the slice spacing divided by ``spacing_mm``, the thickness comes from the setting, else from
     ``meta["slice_thickness_mm"]``, else it is the spacing (no gap). Each channel, for example each time point, is
-    processed alone. Afterwards the result is made consistent with the measured slices: the part of the difference
-    between them and the re-acquired result that the slice profile can explain is added back.
+    processed alone: by the network in the box around the head, by cubic interpolation in the air beside it.
+    Afterwards the result is made consistent with the measured slices: the part of the difference between them and
+    the re-acquired result that the slice profile can explain is added back.
     ``facts`` holds what the report needs about the last volume.
 
     Args:
@@ -105,7 +111,7 @@ class VolumeInferer(SliceGroupInferer):
             if size < MIN_SLICES:
                 found = self._interpolated(one, ratio, new_size, network)
             else:
-                found = super().__call__(one, network, scale=ratio, thickness=thickness)
+                found = self._in_head_box(one, network, ratio=ratio, thickness=thickness)
             if self.consistency:
                 make_consistent(found[0, 0], one[0, 0], acquire, share=self.consistency)
             found[:, 1 : 1 + labels].sigmoid_()
@@ -152,17 +158,34 @@ class VolumeInferer(SliceGroupInferer):
             warnings.append(f"ratio {ratio:g} is beyond the 8 that the network was trained for")
         return ratio, thickness / spacing, warnings
 
+    def _in_head_box(
+        self, stack: Tensor, network: Callable[..., Tensor], *, ratio: float, thickness: float
+    ) -> Tensor:
+        """Run the network where the head is; the air around it is interpolated."""
+        box = (slice(None), slice(None), *head_box(stack[:, :1], margin=_HEAD_MARGIN))
+        part = stack[box]
+        found = super().__call__(part, network, scale=ratio, thickness=thickness)
+        if part.shape == stack.shape:
+            return found
+        whole = self._interpolated(stack, ratio, found.shape[-1], network)
+        whole[box] = found
+        return whole
+
     @staticmethod
     def _interpolated(stack: Tensor, ratio: float, new_size: int, network: Callable[..., Tensor]) -> Tensor:
-        size = stack.shape[-1]
+        size, channels = stack.shape[-1], stack.shape[1]
         positions = slice_positions(size, new_size, ratio)
         matrices = [interpolation_matrix(size, positions, kind=kind) for kind in ("cubic", "nearest")]
-        cubic, nearest = (stack.float() @ torch.as_tensor(m.T).to(stack) for m in matrices)
-        parts = [cubic[:, :1], cubic[:, 1:].clamp(0.01, 0.99).logit()]
-        # Without a network the local contrast between the slices is the best guess of the error.
-        if getattr(network, "branches", 0):
-            parts.append((cubic - nearest)[:, :1].abs())
-        return torch.cat(parts, dim=1)
+        cubic, nearest = (torch.as_tensor(m.T).to(stack.device, torch.float32) for m in matrices)
+        has_error = bool(getattr(network, "branches", 0))
+        result = torch.empty(1, channels + has_error, *stack.shape[2:4], new_size, device=stack.device)
+        for thick, thin in zip(stack.split(_ROWS, dim=2), result.split(_ROWS, dim=2), strict=True):
+            thin[:, :channels] = thick.float() @ cubic
+            if has_error:
+                # Without a network the local contrast between the slices is the best guess of the error.
+                thin[:, channels:] = (thin[:, :1] - thick[:, :1].float() @ nearest).abs()
+            thin[:, 1:channels] = thin[:, 1:channels].clamp(0.01, 0.99).logit()
+        return result
 
     @staticmethod
     def _consistency_db(image: Tensor, stack: Tensor, acquire: Tensor) -> float:

@@ -86,6 +86,30 @@ def test_the_thickness_is_set_or_read_or_the_spacing(setting, meta, expected):
     assert run.facts["warnings"] == []
 
 
+@pytest.mark.parametrize("branches", [0, 1])
+def test_the_network_sees_the_head_and_air_is_interpolated(branches):
+    image = torch.zeros(1, 1, 70, 60, 6)
+    image[:, :, 50:66, 4:20] = torch.rand(1, 1, 16, 16, 6) + 0.5
+    seen = []
+
+    class Network(Recorder):
+        def forward(self, image: Tensor, **settings: Any) -> Tensor:
+            seen.append(tuple(image.shape[2:4]))
+            found = super().forward(image, **settings) + 10
+            return torch.cat([found, found[:, :1]], dim=1) if branches else found
+
+    network = Network()
+    network.branches = branches
+    run = inferer(consistency=0)
+    found = run(MetaTensor(image, affine=torch.diag(torch.tensor([1.0, 1, 4, 1]))[None]), network)
+    assert seen == [(36, 36)]
+    assert found.shape == (1, 1 + branches, 70, 60, 24)
+    # Sixteen voxels of air around the head are the network's too.
+    assert float(found[:, 0, 34:, :36].min()) > 9
+    assert not found[:, :, :34].any()
+    assert not found[:, :, :, 36:].any()
+
+
 def test_the_acquisition_is_the_one_that_makes_thick_slices():
     run = inferer(slice_profile="slr")
     expected = ThickSliceParameters(4.0, 0.75, "slr").matrix(24, 6)
