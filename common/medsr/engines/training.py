@@ -125,7 +125,8 @@ def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | 
     Args:
         path: plain state dict; None leaves the network as it is.
         network: gets the weights, and is returned.
-        prior: plain state dict of ``network.prior``, which is then not trained.
+        prior: plain state dict of ``network.prior``, or of :class:`~medsr.networks.plane_fusion.JoinedPlanes`, which
+            brings ``network.fusion`` too; what it brings is then not trained.
 
     Raises:
         WeightsError: if a file cannot be read safely or does not fit.
@@ -135,11 +136,19 @@ def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | 
         2
     """
     if path:
-        _fill(network, path)
+        _fill(network, _load(path), Path(path).name)
     if prior:
+        name = Path(prior).name
         if getattr(network, "prior", None) is None:
-            raise WeightsError(f"{Path(prior).name}: this network has no prior; remove --prior_weights")
-        _fill(network.prior, prior)
+            raise WeightsError(f"{name}: this network has no prior; remove --prior_weights")
+        state = _load(prior)
+        if any(key.startswith("fusion.") for key in state):
+            if getattr(network, "fusion", None) is None:
+                raise WeightsError(f"{name}: this network does not join planes; remove --prior_weights")
+            _fill(network.fusion, _below("fusion.", state), name)
+            network.fusion.requires_grad_(False)
+            state = _below("prior.", state)
+        _fill(network.prior, state, name)
         network.prior.requires_grad_(False)
     return network
 
@@ -156,14 +165,21 @@ def with_prior(network: nn.Module, prior: nn.Module) -> nn.Module:
     return network
 
 
-def _fill(network: nn.Module, path: str | Path) -> None:
+def _load(path: str | Path) -> dict[str, Tensor]:
     name = Path(path).name
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise WeightsError(f"{name}: cannot be read ({error.strerror})") from None
     except Exception as error:
         raise WeightsError(f"{name}: damaged or not plain weights ({type(error).__name__})") from None
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+def _fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     own = network.state_dict()
     unknown = [key for key in state if key not in own]
     if unknown:

@@ -61,7 +61,7 @@ class PlanePrior(nn.Module):
     def __init__(
         self,
         channels: int = 32,
-        blocks: int = 5,
+        blocks: int = 10,
         *,
         expansion: int = 2,
         basis: int = 32,
@@ -87,6 +87,10 @@ class PlanePrior(nn.Module):
         self.to_basis = nn.Conv2d(channels, basis, 3, padding=1)
         self.readout = PositionReadout(basis, 1 + label_classes)
         nn.init.zeros_(self.condition.weight)
+        for block in self.blocks:
+            # Starts as the identity: weights of a shallower network can be trained on in a deeper one.
+            nn.init.zeros_(block[2].weight)
+            nn.init.zeros_(block[2].bias)
         # Head, two convolutions per block, and the basis read one neighbour each.
         self.exact_halo = 2 * blocks + 2
 

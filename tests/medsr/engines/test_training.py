@@ -16,6 +16,7 @@ from medsr.engines.training import (
     with_prior,
 )
 from medsr.errors import DataError, WeightsError
+from medsr.networks.plane_fusion import JoinedPlanes
 from medsr.networks.segsrnet import SEGSRNet
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.networks.spp_linknet import SPPLinkNet
@@ -154,6 +155,25 @@ def test_a_prior_with_weights_of_its_own_is_not_trained(tmp_path):
         "trunk.weight",
         "trunk.bias",
     }
+
+
+def test_joined_planes_bring_prior_and_fusion_and_both_are_kept(tmp_path):
+    joined = JoinedPlanes()
+    torch.save({key: tensor + 1 for key, tensor in joined.state_dict().items()}, tmp_path / "joined.pt")
+    network = SliceSRNet(width=0.0625, prior=True)
+    start_from(None, network, tmp_path / "joined.pt")
+    for name, part in (("prior", joined.prior), ("fusion", joined.fusion)):
+        state = getattr(network, name).state_dict()
+        assert all(torch.equal(state[key], tensor + 1) for key, tensor in part.state_dict().items())
+        assert not any(p.requires_grad for p in getattr(network, name).parameters())
+    assert network.fuse.weight.requires_grad
+
+
+def test_joined_planes_need_a_network_that_joins(tmp_path, capsys):
+    torch.save(JoinedPlanes(channels=2, blocks=1).state_dict(), tmp_path / "joined.pt")
+    with pytest.raises(SystemExit):
+        start_from(None, WithPrior(), tmp_path / "joined.pt")
+    assert "does not join planes" in capsys.readouterr().err
 
 
 def test_weights_of_a_prior_need_a_network_with_one(tmp_path, capsys):
