@@ -34,7 +34,7 @@ Written by `{command}`. Every row is a subject that no part of the chain has see
 super-resolution of the masks, of the pseudo data and of the training of every network. Few subjects of one site: they
 show what the method does, and nothing clinical.
 
-Protocol: {protocol}.
+Protocol: {protocol}. min_island_fraction is {fraction:g}.
 
 Budgets per network, equal for all: {budgets}. `nearest` repeats the mask of a thick slice, `signed distance`
 interpolates its shape, `thin head` is the network's own mask on thin slices. `{plain}` is the network for thick slices
@@ -72,6 +72,12 @@ def main() -> None:
     parser.add_argument("--label-iterations", type=int, default=600)
     parser.add_argument("--start-iterations", type=int, default=1000)
     parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument(
+        "--min-island-fraction",
+        type=float,
+        default=0.1,
+        help="of every mask that is compared, 0 removes no islands",
+    )
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--only", nargs="*", help="these variants, 'ours' first")
     parser.add_argument("--report", type=Path, help="also write the table as Markdown")
@@ -91,18 +97,21 @@ def main() -> None:
         "variants": arguments.iterations,
     }
     folds = [
-        Fold(output, case, budgets, arguments.ratio) for case in arguments.cases or STUDIES[arguments.study]
+        Fold(output, case, budgets, ratio=arguments.ratio, min_island_fraction=arguments.min_island_fraction)
+        for case in arguments.cases or STUDIES[arguments.study]
     ]
     threads = {"OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         found = pool.map(lambda fold: fold.run(variants, {**os.environ, **threads}), folds)
         rows = [row for one in found for row in one]
-    write_json(output / "masks.json", {"rows": rows})
+    setting = {"protocol": PROTOCOL, "min_island_fraction": arguments.min_island_fraction}
+    write_json(output / "masks.json", {**setting, "rows": rows})
     print(mask_table(rows))
     if arguments.report:
         head = HEAD.format(
             command=f"python -m benchmarks.quality.segmentation {arguments.study} ...",
             protocol=PROTOCOL,
+            fraction=arguments.min_island_fraction,
             budgets=", ".join(f"{count} iterations ({name})" for name, count in budgets.items()),
             plain=PLAIN,
             upper=UPPER_BOUND,
@@ -113,9 +122,11 @@ def main() -> None:
 class Fold:
     """One subject left out: its folder, and the steps that lead to its rows."""
 
-    def __init__(self, output: Path, case: str, budgets: Mapping[str, int], ratio: float) -> None:
+    def __init__(
+        self, output: Path, case: str, budgets: Mapping[str, int], *, ratio: float, min_island_fraction: float
+    ) -> None:
         self.thick, self.case, self.folder = output / "thick", case, output / case
-        self.budgets, self.ratio = dict(budgets), ratio
+        self.budgets, self.ratio, self.min_island_fraction = dict(budgets), ratio, min_island_fraction
         self.environment: dict[str, str] = {}
 
     def run(
@@ -160,6 +171,7 @@ class Fold:
                 "weights": self.folder / first / "model.pt",
                 "compare": {name: str(self.folder / name / "model.pt") for name in others},
                 "ratio": self.ratio,
+                "min_island_fraction": self.min_island_fraction,
             },
             again=True,
         )

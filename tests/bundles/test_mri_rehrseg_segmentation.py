@@ -72,7 +72,9 @@ def pipeline(
     plain = [CONFIGS / "train.json", CONFIGS / "train_plain.json"]
     step("plain", plain, dataset_dir=folder / "pseudo", **SMALL)
     weights = folder / "train" / "model.pt"
-    step("masks", CONFIGS / "inference.json", dataset_dir=study / "images", weights=weights, **TINY)
+    for name, fraction in (("masks", None), ("islands", 0), ("one", 1)):
+        found = {"dataset_dir": study / "images", "weights": weights, "min_island_fraction": fraction}
+        step(name, CONFIGS / "inference.json", **found, **TINY)
     step(
         "compared",
         [CONFIGS / "inference.json", CONFIGS / "evaluate.json"],
@@ -144,13 +146,46 @@ def test_masks_lie_on_both_grids(pipeline):
         thin, thin_affine = load(out / f"a_{suffix}.nii.gz")
         assert thin.shape == (48, 48, 48)
         np.testing.assert_allclose(thin_affine, true_affine, atol=1e-4)
-    probability, uncertainty = (load(out / f"a_{name}.nii.gz")[0] for name in ("prob", "uncertainty"))
-    assert np.array_equal(load(out / "a_seg.nii.gz")[0] > 0, probability > 0.5)
+    uncertainty = load(out / "a_uncertainty.nii.gz")[0]
     assert 0 <= uncertainty.min() <= uncertainty.max() <= 1
 
 
+@pytest.mark.parametrize(("name", "fraction"), [("islands", 0), ("masks", 0.1), ("one", 1)])
+def test_islands_leave_the_masks_and_nothing_else(pipeline, name, fraction):
+    from scipy.ndimage import label
+
+    every, out = pipeline.folder / "islands", pipeline.folder / name
+    report = json.loads((out / "report.json").read_text())
+    assert report["settings"]["min_island_fraction"] == fraction
+    removed = report["cases"]["a"]["islands_removed"]
+    for grid, suffix, voxel_ml in (("thin_grid", "seg", 0.001), ("input_grid", "seg_lr", 0.004)):
+        full = load(every / f"a_{suffix}.nii.gz")[0]
+        components, count = label(full, np.ones((3, 3, 3)))
+        sizes = np.bincount(components.ravel(), minlength=1 + count)
+        large = [index for index in range(1, 1 + count) if sizes[index] >= fraction * sizes[1:].max()]
+        assert np.array_equal(load(out / f"a_{suffix}.nii.gz")[0], full * np.isin(components, large))
+        lost = full.sum(dtype=int) - sizes[large].sum()
+        assert removed[grid]["1"] == {"islands": count - len(large), "ml": pytest.approx(lost * voxel_ml)}
+    # What was removed can be found again: the probability is the network's.
+    probability = load(out / "a_prob.nii.gz")[0]
+    assert np.array_equal(probability, load(every / "a_prob.nii.gz")[0])
+    assert np.array_equal(probability > 0.5, load(every / "a_seg.nii.gz")[0] > 0)
+
+
+@pytest.mark.parametrize("fraction", ["10", "-1", "nan", "$None", "small"])
+def test_a_fraction_that_is_none_is_refused(phantom, tmp_path, medsr_here, fraction):
+    scan, settings = phantom(tmp_path / "a.nii.gz"), [f"min_island_fraction={fraction}"]
+    status, lines = medsr_here("mri_rehrseg_segmentation", scan, out=tmp_path / "out", settings=settings)
+    assert status != 0
+    assert len(lines) == 1
+    assert "min_island_fraction must be a number in [0, 1]" in lines[0]
+    assert not list((tmp_path / "out").rglob("*.nii.gz"))
+
+
 def test_both_networks_are_compared_on_the_same_slices(pipeline):
-    rows = json.loads((pipeline.folder / "compared" / "masks.json").read_text())["rows"]
+    found = json.loads((pipeline.folder / "compared" / "masks.json").read_text())
+    assert found["min_island_fraction"] == 0.1
+    rows = found["rows"]
     assert {row["network"] for row in rows} == {"perfect thick mask", "network", "plain"}
     assert {row["class"] for row in rows} == {"ball"}
     assert sum(row["reading"] == "thin head" for row in rows) == 4

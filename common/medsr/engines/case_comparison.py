@@ -31,7 +31,7 @@ class CaseComparison:
         []
     """
 
-    header: ClassVar[Mapping[str, str]] = {}
+    header: Mapping[str, Any] = {}
     what: ClassVar[str] = "cases"
 
     def __init__(self, cases: Sequence[Mapping[str, str]], output: str | Path | None = None) -> None:

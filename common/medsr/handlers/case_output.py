@@ -22,11 +22,12 @@ from medsr.errors import MedsrError, OutputError
 from medsr.geometry import spacing_of
 from medsr.handlers.qc_figure import superres_figure
 from medsr.io.writing import write_figure, write_json, write_nifti
+from medsr.settings import as_flag
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CaseOutput", "RunReport", "volume_facts", "write_volume"]
+__all__ = ["CaseOutput", "RunReport", "segmented_volume_facts", "volume_facts", "write_volume"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,24 @@ def volume_facts(item: Mapping[str, Any]) -> dict[str, Any]:
         "output_size": [int(n) for n in pred.shape[1:]],
         "output_spacing_mm": [round(float(s), 5) for s in spacing_of(np.asarray(pred.affine))],
     }
+
+
+def segmented_volume_facts(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`volume_facts` says of a segmented volume, and the islands that were removed from its masks.
+
+    Args:
+        item: the postprocessed item; ``pred`` and ``pred_thick`` are masks that went through
+            :class:`~medsr.transforms.islands.RemoveIslandsd`, ``probability`` has a channel per foreground class.
+    """
+    nothing = {"islands": 0, "ml": 0.0}
+    removed = {
+        grid: {
+            str(index): item[key].meta["islands_removed"].get(index, nothing)
+            for index in range(1, 1 + len(item["probability"]))
+        }
+        for grid, key in (("thin_grid", "pred"), ("input_grid", "pred_thick"))
+    }
+    return {**volume_facts(item), "islands_removed": removed}
 
 
 def processed_cases(engine: Engine) -> list[dict[str, Any]]:
@@ -90,7 +109,8 @@ class CaseOutput:
         write: Callable[[Path, Any, Mapping[str, Any]], Any] = write_volume,
         draw: Callable[[Mapping[str, Any], Mapping[str, Any]], Figure] = superres_figure,
     ) -> None:
-        self.output_dir, self.figure, self.overwrite = Path(output_dir), figure, overwrite
+        self.output_dir = Path(output_dir)
+        self.figure, self.overwrite = as_flag("figure", figure), as_flag("overwrite", overwrite)
         self.layout, self.write_result, self.draw = layout, write, draw
         self.suffixes = dict(suffixes or {"pred": "superres", "uncertainty": "uncertainty"})
         self.written: dict[str, list[str]] = {}
@@ -103,13 +123,13 @@ class CaseOutput:
         """Refuse to replace results of an earlier run, before hours of computing, unless told to.
 
         Raises:
-            OutputError: if a result of one of the cases exists.
+            OutputError: if a result or a figure of one of the cases exists.
         """
-        names = [name for case in cases for name in self._names(case).values()]
+        names = [name for case in cases for name in [*self._names(case).values(), *self._figures(case)]]
         existing = [name for name in names if (self.output_dir / name).exists()]
         if existing and not self.overwrite:
             raise OutputError(
-                f"{existing[0]}: is there already ({len(existing)} of {len(names)} results); "
+                f"{existing[0]}: is there already ({len(existing)} of {len(names)} files); "
                 "choose another output folder or set overwrite to true"
             )
 
@@ -138,26 +158,31 @@ class CaseOutput:
     def write(self, item: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Write one postprocessed item with the keys ``image``, ``case`` and those of ``suffixes``."""
         case = str(item["case"])
-        done: list[Path] = []
+        results = {
+            self.output_dir / name: item[key] for key, name in self._names(case).items() if key in item
+        }
+        figures = [self.output_dir / name for name in self._figures(case)]
+        before = {path: _stamp(path) for path in (*results, *figures)}
         try:
-            for key, name in self._names(case).items():
-                if key in item:
-                    # Listed first: a signal may arrive between the last byte and the next statement.
-                    done.append(self.output_dir / name)
-                    done[-1].parent.mkdir(parents=True, exist_ok=True)
-                    self.write_result(done[-1], item[key], item)
-            if self.figure:
-                done.append(self.output_dir / f"{case}_qc.png")
-                write_figure(done[-1], self.draw(item, facts))
+            for path, result in results.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.write_result(path, result, item)
+            for path in figures:
+                write_figure(path, self.draw(item, facts))
         except BaseException:
-            for path in done:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            # Results of an earlier run stay if none of them has been replaced yet.
+            if any(_stamp(path) != stamp for path, stamp in before.items()):
+                for path in before:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
             raise
-        self.written[case] = [path.relative_to(self.output_dir).as_posix() for path in done]
+        self.written[case] = [path.relative_to(self.output_dir).as_posix() for path in before]
 
     def _names(self, case: str) -> dict[str, str]:
         return {key: self.layout.format(case=case, suffix=suffix) for key, suffix in self.suffixes.items()}
+
+    def _figures(self, case: str) -> list[str]:
+        return [f"{case}_qc.png"] if self.figure else []
 
     @staticmethod
     def _facts(engine: Engine) -> Mapping[str, Any]:
@@ -263,6 +288,14 @@ class RunReport:
                 "warnings": [*notes, *facts.pop("warnings", [])],
                 **facts,
             }
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that replaces it; None where there is none."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def _sha256(path: str | Path) -> str | None:

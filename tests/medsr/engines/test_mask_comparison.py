@@ -9,6 +9,7 @@ import torch
 from medsr.engines.mask_comparison import MaskComparison, mask_table
 from medsr.errors import SettingError
 from medsr.io.cases import find_labelled_cases
+from medsr.io.nifti import read_nifti
 from medsr.io.writing import write_nifti
 from medsr.resampling import interpolation_matrix
 from torch import Tensor, nn
@@ -85,7 +86,47 @@ def test_every_network_is_read_in_every_way_on_the_same_slices(folder, tmp_path)
     assert first["bright", "thin head"]["dice"] > first["bright", "nearest"]["dice"]
     saved = json.loads((tmp_path / "masks.json").read_text())
     assert saved["rows"] == found.rows
-    assert saved["protocol"].startswith("mask-v1")
+    assert saved["protocol"].startswith("mask-v2")
+    assert saved["min_island_fraction"] == 0
+
+
+def add_bright_cube(path: Path) -> None:
+    """Something small, far from the ball, that every network here takes for one."""
+    values = read_nifti(path)[0]
+    values[2:5, 2:5, 8:12] = 0.9
+    write_nifti(path, values, affine=np.eye(4), dtype=np.float32)
+
+
+def test_islands_are_removed_from_every_mask_of_every_network(folder, tmp_path):
+    clean = compare(folder).rows
+    add_bright_cube(folder / "images" / "a.nii.gz")
+    kept, removed = compare(folder), compare(folder, min_island_fraction=0.1, output=tmp_path / "masks.json")
+    assert json.loads((tmp_path / "masks.json").read_text())["min_island_fraction"] == 0.1
+
+    def of(rows: list[dict], score: str) -> dict[tuple[str, str], float]:
+        return {(r["network"], r["reading"]): r[score] for r in rows if r["case"] == "a"}
+
+    for score in ("dice", "assd_mm", "volume_error_ml", "thick_dice"):
+        without, found, expected = (of(rows, score) for rows in (kept.rows, removed.rows, clean))
+        for key in expected:
+            assert found[key] == pytest.approx(expected[key], abs=0.01)
+            if key[0] == "bright":
+                assert abs(without[key] - expected[key]) > abs(found[key] - expected[key])
+
+
+def test_a_perfect_mask_loses_its_small_foci_too(folder):
+    label = read_nifti(folder / "labels" / "a.nii.gz")[0].astype(np.uint8)
+    label[2:5, 2:5, 5:13] = 2
+    write_nifti(folder / "labels" / "a.nii.gz", label, affine=np.eye(4), dtype=np.uint8)
+    for fraction, whole in ((0.0, True), (0.1, False)):
+        rows = [r for r in compare(folder, min_island_fraction=fraction).rows if r["case"] == "a"]
+        perfect = [row["thick_dice"] for row in rows if row["network"] == "perfect thick mask"]
+        assert [value == 1 for value in perfect] == [whole, whole]
+
+
+def test_a_wrong_fraction_ends_the_run_before_the_first_case(folder):
+    with pytest.raises(SettingError, match="min_island_fraction"):
+        MaskComparison(find_labelled_cases(folder), {}, min_island_fraction=10)
 
 
 def test_an_empty_mask_is_never_a_success(folder):

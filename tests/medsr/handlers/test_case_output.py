@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from medsr.engines.case_evaluator import CaseDataset, CaseEvaluator
-from medsr.errors import OutputError
-from medsr.handlers.case_output import CaseOutput, RunReport
+from medsr.errors import OutputError, SettingError
+from medsr.handlers.case_output import CaseOutput, RunReport, segmented_volume_facts
 from medsr.handlers.qc_figure import segmentation_figure, superres_figure
 from medsr.inferers.volume import VolumeInferer
 from medsr.io.loading import LoadVolumed
@@ -79,6 +79,21 @@ def test_a_case_leaves_its_volumes_and_the_figure(tmp_path):
     assert (header.sform_code, header.qform_code) == (2, 1)
 
 
+def test_a_file_with_the_name_of_a_figure_is_not_replaced_without_being_told_to(tmp_path):
+    (tmp_path / "a_qc.png").write_bytes(b"a photograph of the user")
+    with pytest.raises(OutputError, match=r"a_qc\.png: is there already"):
+        CaseOutput(tmp_path).refuse_existing(["a"])
+    CaseOutput(tmp_path, figure=False).refuse_existing(["a"])
+    CaseOutput(tmp_path, overwrite=True).refuse_existing(["a"])
+
+
+@pytest.mark.parametrize("setting", ["overwrite", "figure"])
+@pytest.mark.parametrize("word", ["no", "off", "", None])
+def test_words_do_not_count_as_true(tmp_path, setting, word):
+    with pytest.raises(SettingError, match=f"{setting} must be true or false, got"):
+        CaseOutput(tmp_path, **{setting: word})
+
+
 def test_what_a_network_does_not_give_is_not_written(tmp_path):
     CaseOutput(tmp_path, figure=False).write(item(uncertainty=False), {})
     assert files(tmp_path) == ["a_superres.nii.gz"]
@@ -117,6 +132,23 @@ def test_nothing_remains_of_a_case_whose_second_volume_fails(tmp_path):
     one["uncertainty"] = one["uncertainty"] * float("nan")
     with pytest.raises(OutputError, match="NaN"):
         CaseOutput(tmp_path).write(one, FACTS)
+    assert files(tmp_path) == []
+
+
+def test_earlier_results_outlive_a_run_that_replaces_nothing(tmp_path):
+    CaseOutput(tmp_path).write(item(), FACTS)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    broken = item()
+    broken["pred"] = broken["pred"] * float("nan")
+    again = CaseOutput(tmp_path, overwrite=True)
+    with pytest.raises(OutputError, match="NaN"):
+        again.write(broken, FACTS)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    # From the first file that was replaced on, the others of the case belong to nothing.
+    broken = item()
+    broken["uncertainty"] = broken["uncertainty"] * float("nan")
+    with pytest.raises(OutputError, match="NaN"):
+        again.write(broken, FACTS)
     assert files(tmp_path) == []
 
 
@@ -197,6 +229,26 @@ def test_the_report_holds_geometry_warnings_and_hashes(tmp_path):
     assert case["warnings"] == ["sform and qform differ", "scaled by the header", "ratio 9 is beyond"]
     assert case["data_consistency_db"] == 41.5
     assert case["seconds"] >= 0
+
+
+def test_the_report_says_what_was_removed_per_grid_and_class(tmp_path):
+    one = item()
+    lost = {"pred": {1: {"islands": 3, "ml": 1.5}}, "pred_thick": {}}
+    one["pred_thick"] = MetaTensor(one["image"].as_tensor(), affine=one["image"].affine)
+    one["probability"] = torch.zeros(2, 16, 16, 20)
+    for key, removed in lost.items():
+        one[key].meta["islands_removed"] = removed
+    engine = engine_of(one)
+    engine.state.output = [{key: one[key] for key in ("pred", "pred_thick", "probability")}]
+    report = RunReport(tmp_path, describe=segmented_volume_facts)
+    report._record(engine)
+    report.write()
+    case, nothing = reported(tmp_path)["cases"]["a"], {"islands": 0, "ml": 0.0}
+    assert case["islands_removed"] == {
+        "thin_grid": {"1": {"islands": 3, "ml": 1.5}, "2": nothing},
+        "input_grid": {"1": nothing, "2": nothing},
+    }
+    assert case["output_size"] == [16, 16, 20]
 
 
 def test_a_missing_weight_file_has_no_hash(tmp_path):
@@ -310,7 +362,7 @@ def test_results_of_an_earlier_run_are_not_replaced_unless_wanted(tmp_path):
     (tmp_path / "b_uncertainty.nii.gz").write_bytes(b"earlier")
     CaseOutput(tmp_path).refuse_existing(["a"])
     with pytest.raises(
-        OutputError, match=r"b_uncertainty.nii.gz: is there already \(1 of 4 results\)"
+        OutputError, match=r"b_uncertainty.nii.gz: is there already \(1 of 6 files\)"
     ) as error:
         CaseOutput(tmp_path).refuse_existing(["a", "b"])
     assert "overwrite" in str(error.value)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.quality import segmentation
+
+
+class Commands:
+    """Stands in for the bundles' commands: leaves a folder, in the comparison a table, and remembers the settings."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, dict[str, Any]] = {}
+
+    def __call__(
+        self, bundle: str, configs: Sequence[str], settings: Mapping[str, Any], *, output: Path, **_: Any
+    ) -> None:
+        self.asked[output.name] = dict(settings)
+        output.mkdir(parents=True)
+        names = ["perfect thick mask", "network", *settings.get("compare", {})]
+        row = {"case": "glioma-3", "class": "c", "reading": "nearest", "dice": 0.5}
+        (output / "masks.json").write_text(json.dumps({"rows": [{**row, "network": n} for n in names]}))
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    commands = Commands()
+    monkeypatch.setattr(segmentation, "run_config", commands)
+    monkeypatch.setattr(segmentation, "write_study", lambda *_, **__: None)
+    (tmp_path / "out" / "thick" / "labels").mkdir(parents=True)
+    return commands
+
+
+@pytest.mark.parametrize(("words", "fraction"), [([], 0.1), (["--min-island-fraction", "0"], 0)])
+def test_one_island_setting_holds_for_the_whole_table(commands, tmp_path, monkeypatch, words, fraction):
+    out, report = tmp_path / "out", tmp_path / "page.md"
+    given = ["tumour", str(out), "--cases", "glioma-3", "--report", str(report), *words]
+    monkeypatch.setattr(sys, "argv", ["segmentation", *given])
+    segmentation.main()
+    # The networks are trained without it and compared in one command.
+    asked = {name for name, settings in commands.asked.items() if "min_island_fraction" in settings}
+    assert asked == {"comparison"}
+    assert commands.asked["comparison"]["min_island_fraction"] == fraction
+    assert set(commands.asked["comparison"]["compare"]) == {"plain", "trained on true thin slices"}
+    saved = json.loads((out / "masks.json").read_text())
+    assert saved["min_island_fraction"] == fraction
+    assert saved["protocol"] in report.read_text()
+    assert f"min_island_fraction is {fraction:g}" in report.read_text()
+    networks = [row["network"] for row in saved["rows"]]
+    assert networks == ["perfect thick mask", "ours", "plain", "trained on true thin slices"]
