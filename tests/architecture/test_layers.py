@@ -17,7 +17,7 @@ FOLDERS = ("common", "tests", "benchmarks", "docs", "tools", "integrations", "bu
 
 # A room may import rooms of its own level and below. A new room must be given its place here.
 LEVELS = (
-    {"errors", "geometry", "catalog"},
+    {"errors", "settings", "geometry", "catalog"},
     {"resampling", "phantoms", "networks", "losses", "metrics"},
     {"transforms", "io"},
     {"inferers", "engines", "handlers"},
@@ -25,7 +25,7 @@ LEVELS = (
     {"cli"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-PURE = ("errors", "geometry", "catalog")
+PURE = ("errors", "settings", "geometry", "catalog")
 
 # Rooms that the level would allow and the design does not.
 STRANGERS = {"transforms": {"networks"}, "io": {"networks"}, "handlers": {"networks"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from monai.engines import SupervisedEvaluator
 
 from medsr.errors import MedsrError
 
-__all__ = ["CaseDataset", "CaseEvaluator", "one_line"]
+__all__ = ["CaseDataset", "CaseEvaluator", "named", "one_line"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,17 @@ def one_line(error: BaseException) -> str:
     last = chain[-1]
     text = (str(last).strip().splitlines() or ["no message"])[0]
     return f"{type(last).__name__}: {text}"
+
+
+def named(case: str, reason: str) -> str:
+    """The reason why a case failed, with its name in front unless it starts with that or with the name of its file.
+
+    Example:
+        >>> named("a", "a.png: empty file"), named("a", "there is no decoder")
+        ('a.png: empty file', 'a: there is no decoder')
+    """
+    begins_so = re.match(rf"{re.escape(case)}(\.\w+)*:", reason)
+    return reason if begins_so else f"{case}: {reason}"
 
 
 class CaseDataset(Dataset):
@@ -89,7 +101,7 @@ class CaseEvaluator(SupervisedEvaluator):
 
     def _failed(self, engine: Engine, case: str, reason: str) -> dict[str, Any]:
         self.failures[case] = reason
-        _log.error("%s", reason if case in reason else f"{case}: {reason}")
+        _log.error("%s", named(case, reason))
         engine.state.output = {}
         return {}
 

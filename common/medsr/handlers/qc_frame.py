@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from medsr.errors import DataError
 from medsr.handlers.qc_figure import CLASS_COLOURS
-from medsr.handlers.qc_image import DPI, LARGEST, WIDTH_IN, footer, plain, scale_between, show
+from medsr.handlers.qc_image import DPI, LARGEST, WIDTH_IN, footer, panel_shape, plain, scale_between, show
 from medsr.transforms.results import border_uncertainty
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def frame_figure(
     unsure = border_uncertainty(plain(item["probability"])[small].float())
     panels = ("input", image[small]), ("classes", class_overlay(image[small], mask[small]))
 
-    figure, axes, foot = _page(1, height / width, {"": mask}, classes=classes, legend_columns=2)
+    figure, axes, foot = _page(1, panel_shape(height, width), {"": mask}, classes=classes, legend_columns=2)
     for axis, (name, values) in zip(axes[0], panels, strict=False):
         show(axis, values)
         axis.set_title(name, fontsize=9)
@@ -173,7 +173,7 @@ def pair_figure(
     scale = scale_between(low, high)
     height, width = high.shape[1:]
     masks = {side: plain(item[f"seg_{side}"]) for side in ("left", "right")}
-    figure, axes, _ = _page(2, height / width, masks, classes=classes, legend_columns=3)
+    figure, axes, _ = _page(2, panel_shape(height, width), masks, classes=classes, legend_columns=3)
     coarse, small = _every(max(low.shape[1:])), _every(max(height, width))
     for row, (side, mask), before, after in zip(
         axes, masks.items(), low.chunk(2), high.chunk(2), strict=True

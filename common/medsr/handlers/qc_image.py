@@ -24,6 +24,9 @@ LARGEST = 1000
 DETAIL_SHARE, DETAIL_LEAST = 6, 24
 """The detail is a square of a sixth of the shorter side, and of at least so many pixels of the input."""
 
+FLATTEST, TALLEST = 0.1, 4.0
+"""Height of a panel over its width: an image beyond has room beside it, since its page would grow without end."""
+
 CHANGE_CAPTION = "change against bicubic"
 
 
@@ -70,14 +73,14 @@ def superres_image_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> 
     top = max(*(float(view[-1].max()) for view in views), 1 / 255)
     names = ("input", "bicubic", f"result x{scale}", CHANGE_CAPTION if unsure is None else "uncertainty")
 
-    panel = WIDTH_IN / len(names)
+    panel, tall = WIDTH_IN / len(names), panel_shape(height, width)
     figure = Figure(
-        figsize=(WIDTH_IN, panel * (height / width + 1) + 1.0),
+        figsize=(WIDTH_IN, panel * (tall + 1) + 1.0),
         dpi=DPI,
         facecolor="white",
         layout="constrained",
     )
-    axes = figure.subplots(2, len(names), gridspec_kw={"height_ratios": (height / width, 1)})
+    axes = figure.subplots(2, len(names), gridspec_kw={"height_ratios": (tall, 1)})
     drawn = None
     for number, name in enumerate(names):
         for axis, view in zip(axes[:, number], views, strict=True):
@@ -98,6 +101,11 @@ def scale_between(low: Tensor, high: Tensor) -> int:
     if scale < 1 or tuple(high.shape[1:]) != tuple(scale * n for n in low.shape[1:]):
         raise DataError(f"a result of {tuple(high.shape)} does not belong to an input of {tuple(low.shape)}")
     return scale
+
+
+def panel_shape(height: int, width: int) -> float:
+    """Height over width of a panel that shows an image of this size."""
+    return min(max(height / width, FLATTEST), TALLEST)
 
 
 def footer(facts: Mapping[str, Any]) -> str:

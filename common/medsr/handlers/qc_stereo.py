@@ -16,6 +16,7 @@ from medsr.handlers.qc_image import (
     detail_of,
     footer,
     frame,
+    panel_shape,
     plain,
     scale_between,
     show,
@@ -66,14 +67,14 @@ def superres_pair_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> F
     columns = (column, min(max(0, column - round(scale * disparity)), width - side))
     step = max(1, -(-max(height, width) // LARGEST))
 
-    panel = WIDTH_IN / 3
+    panel, tall = WIDTH_IN / 3, panel_shape(height, width)
     figure = Figure(
-        figsize=(WIDTH_IN, panel * (height / width + 2) + 1.0),
+        figsize=(WIDTH_IN, panel * (tall + 2) + 1.0),
         dpi=DPI,
         facecolor="white",
         layout="constrained",
     )
-    axes = figure.subplots(3, 3, gridspec_kw={"height_ratios": (height / width, 1, 1)})
+    axes = figure.subplots(3, 3, gridspec_kw={"height_ratios": (tall, 1, 1)})
     for axis in axes.flat:
         axis.set_axis_off()
     whole = [view[:, ::step, ::step].float() for view in highs]

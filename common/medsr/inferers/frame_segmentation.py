@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from medsr.errors import DataError, MedsrError, SettingError
 from medsr.inferers.precision import PRECISIONS, choose_precision
+from medsr.settings import as_flag, as_whole
 from medsr.transforms.bicubic import bicubic_resize
 from medsr.transforms.frame_labels import reduced_size
 
@@ -83,10 +84,8 @@ class FrameSegmentationInferer(Inferer):
         super().__init__()
         if amp not in PRECISIONS:
             raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{amp}'")
-        if longest is not None and (int(longest) != longest or longest < 1):
-            raise SettingError(f"longest must be a whole number of pixels >= 1, or null, got {longest}")
-        self.mirror, self.amp = bool(mirror), amp
-        self.longest = None if longest is None else int(longest)
+        self.mirror, self.amp = as_flag("mirror", mirror), amp
+        self.longest = None if longest is None else as_whole("longest", longest, 1)
         self.facts: dict[str, Any] = {}
 
     def __call__(self, inputs: Tensor, network: _Network, *args: Any, **kwargs: Any) -> Tensor:

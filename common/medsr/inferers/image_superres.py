@@ -10,9 +10,10 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
-from medsr.errors import DataError, SettingError
+from medsr.errors import DataError
 from medsr.inferers.dihedral import DihedralEnsemble
 from medsr.inferers.tiles import TileInferer
+from medsr.settings import as_flag, as_whole
 from medsr.transforms.bicubic import bicubic_bands
 
 __all__ = ["ImageSuperResInferer"]
@@ -75,9 +76,8 @@ class ImageSuperResInferer(Inferer):
 
     def __init__(self, *, ensemble: bool = False, back_projection: int = 0, **tiles: Any) -> None:
         super().__init__()
-        if int(back_projection) != back_projection or back_projection < 0:
-            raise SettingError(f"back_projection must be a whole number >= 0, got {back_projection}")
-        self.back_projection, self.ensemble = int(back_projection), bool(ensemble)
+        self.back_projection = as_whole("back_projection", back_projection, 0)
+        self.ensemble = as_flag("ensemble", ensemble)
         tile_inferer = TileInferer(**tiles)
         self.inferer = DihedralEnsemble(tile_inferer) if self.ensemble else tile_inferer
         self._last = threading.local()

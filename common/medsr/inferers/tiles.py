@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medsr.errors import DataError, MedsrError, SettingError
 from medsr.inferers.precision import PRECISIONS, choose_precision
+from medsr.settings import as_whole
 
 __all__ = ["TileInferer"]
 
@@ -144,10 +145,9 @@ class TileInferer(Inferer):
         max_passes: int = 4,
     ) -> None:
         super().__init__()
-        if tile < 8 or max_whole < 1 or batch < 1:
-            raise SettingError(
-                f"tile >= 8, max_whole >= 1 and batch >= 1 are needed, got {tile}, {max_whole}, {batch}"
-            )
+        self.tile = as_whole("tile", tile, 8)
+        self.max_whole = as_whole("max_whole", max_whole, 1)
+        self.batch = as_whole("batch", batch, 1)
         if not tolerance > 0 or max_passes < 2:
             raise SettingError(
                 f"tolerance > 0 and max_passes >= 2 are needed, got {tolerance}, {max_passes}: one pass cannot tell "
@@ -155,7 +155,6 @@ class TileInferer(Inferer):
             )
         if amp not in PRECISIONS:
             raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{amp}'")
-        self.tile, self.max_whole, self.batch = int(tile), int(max_whole), int(batch)
         self.amp, self.progress = amp, progress
         self.tolerance, self.max_passes = float(tolerance), int(max_passes)
         self.facts: dict[str, Any] = {}

@@ -34,7 +34,8 @@ def write_image(
     """Write an image as PNG or TIFF, read every pixel back, and only then give the file its name.
 
     Values are clipped to [0, 1] and rounded to the nearest level, halves to even. Resolution and colour profile of
-    the encoding are written, the profile only with as many channels as it was made for. EXIF and text are not:
+    the encoding are written, the profile only with as many channels as it was made for; so is what a PNG file said of
+    its colours otherwise (gamma, primaries), to PNG. EXIF and text are not:
     they may hold patient data. ``monai.data.PILWriter`` was considered: it truncates instead of rounding, turns NaN
     into a grey level, drops profile and resolution, and writes in place.
 
@@ -68,8 +69,8 @@ def write_image(
     extras: dict[str, Any] = {}
     if encoding.dpi is not None:
         extras["dpi"] = encoding.dpi
-    if encoding.icc_profile and len(planes[0]) == encoding.channels:
-        extras["icc_profile"] = encoding.icc_profile
+    if len(planes[0]) == encoding.channels:
+        extras |= _colour(encoding, is_png=suffix == ".png")
     with atomic_path(final) as temporary:
         try:
             Image.fromarray(pixels).save(temporary, format="PNG" if suffix == ".png" else "TIFF", **extras)
@@ -79,6 +80,18 @@ def write_image(
             ) from None
         _verify(temporary, name, pixels)
     return final
+
+
+def _colour(encoding: ImageEncoding, *, is_png: bool) -> dict[str, Any]:
+    """What is to be written of the meaning of the colours."""
+    found: dict[str, Any] = {}
+    if encoding.icc_profile:
+        found["icc_profile"] = encoding.icc_profile
+    if encoding.png_colour and is_png:
+        found["pnginfo"] = PngImagePlugin.PngInfo()
+        for name, content in encoding.png_colour:
+            found["pnginfo"].add(name.encode(), content)
+    return found
 
 
 def _refuse_shapes(name: str, planes: list[npt.NDArray[Any]], encoding: ImageEncoding) -> None:

@@ -3,7 +3,8 @@
 Pillow is used for the decoding, and pydicom for DICOM. Alone, Pillow reads 16-bit colour as 8 bits, 12-bit grey
 as a dark 16-bit image and the first of several pages, all without a word, and super-resolution tools guess the bit
 depth from the largest value. Here the depth comes from the header, and what cannot be read exactly is refused.
-Nothing but pixels, colour profile and resolution is taken from a file, so no patient data can reach an output.
+Nothing but pixels, the meaning of their colours and resolution is taken from a file, so no patient data can reach an
+output.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ _UPRIGHT = {
 _ORIENTATION = 0x0112
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES, _TIFF_RESOLUTION, _TIFF_SAMPLE_FORMAT = 258, 262, 277, 282, 339
 _DPI_LIMIT = 1e6
+# Primaries, transfer and gamma in a PNG file; programs that heed them show another brightness without.
+_PNG_COLOUR, _PNG_COLOUR_LIMIT = (b"cHRM", b"cICP", b"gAMA", b"sRGB"), 32
 
 _DICOM_TAGS = [
     "Rows",
@@ -99,6 +102,7 @@ class ImageEncoding:
         photometric: PhotometricInterpretation of a DICOM image; in ``MONOCHROME1`` 0 is to be displayed white.
         icc_profile: the embedded colour profile.
         dpi: pixels per inch along x and y.
+        png_colour: what a PNG file says of its colours without a profile: names and contents of such chunks.
 
     Example:
         >>> ImageEncoding("TIFF", 16, 1, span=65535.0, dpi=(72.0, 72.0)).magnified(4).dpi
@@ -113,6 +117,7 @@ class ImageEncoding:
     photometric: str = ""
     icc_profile: bytes | None = None
     dpi: tuple[float, float] | None = None
+    png_colour: tuple[tuple[str, bytes], ...] = ()
 
     @property
     def suffix(self) -> str:
@@ -137,12 +142,14 @@ class ImageEncoding:
             "encoding_icc_profile": base64.b64encode(self.icc_profile or b"").decode("ascii"),
             "encoding_dpi_x": dpi[0],
             "encoding_dpi_y": dpi[1],
+            "encoding_png_colour": " ".join(f"{name}:{content.hex()}" for name, content in self.png_colour),
         }
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> ImageEncoding:
         """The encoding that :meth:`to_meta` has put into metadata."""
         dpi = (float(meta["encoding_dpi_x"]), float(meta["encoding_dpi_y"]))
+        chunks = (chunk.split(":") for chunk in str(meta["encoding_png_colour"]).split())
         return cls(
             file_format=str(meta["encoding_format"]),
             bits=int(meta["encoding_bits"]),
@@ -152,6 +159,7 @@ class ImageEncoding:
             photometric=str(meta["encoding_photometric"]),
             icc_profile=base64.b64decode(meta["encoding_icc_profile"]) or None,
             dpi=dpi if dpi[0] else None,
+            png_colour=tuple((name, bytes.fromhex(content)) for name, content in chunks),
         )
 
 
@@ -426,12 +434,13 @@ def _picture_header(path: Path) -> ImageHeader:
             icc_profile=image.info.get("icc_profile") or None,
             # Without a resolution Pillow reports 1 for TIFF files.
             dpi=None if tags and _TIFF_RESOLUTION not in tags else _dpi(image.info.get("dpi")),
+            png_colour=tuple((name.decode(), chunks[name]) for name in _PNG_COLOUR if name in chunks),
         )
     return ImageHeader(path, (height, width), encoding, alpha, orientation, tuple(notes))
 
 
 def _png_chunks(file: IO[bytes], name: str) -> dict[bytes, bytes]:
-    """The header and EXIF chunks of a PNG file, which must reach its end; empty for another format.
+    """The header, EXIF and colour chunks of a PNG file, which must reach its end; empty for another format.
 
     Pillow does not tell the bit depth of colour, decodes the pixels before it finds an EXIF chunk behind them, and
     calls an image without pixels no image.
@@ -442,11 +451,11 @@ def _png_chunks(file: IO[bytes], name: str) -> dict[bytes, bytes]:
     if file.read(8) == b"\x89PNG\r\n\x1a\n":
         kind = b""
         while kind != b"IEND":
-            length, kind = struct.unpack(">I4s", file.read(8))
+            length, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
             after = file.tell() + length + 4
             if after > end:
                 raise DataError(f"{name}: truncated, the file ends inside a PNG chunk; copy it again")
-            if kind in (b"IHDR", b"eXIf"):
+            if kind in (b"IHDR", b"eXIf") or (kind in _PNG_COLOUR and length <= _PNG_COLOUR_LIMIT):
                 found[kind] = file.read(length)
             file.seek(after)
         width, height = struct.unpack(">II", found[b"IHDR"][:8])

@@ -222,9 +222,13 @@ def _by_case(folder: Path) -> dict[str, str]:
 
 def _view_folders(folder: Path) -> _Sides | None:
     """The views in the two folders inside, if they are there."""
-    for left, right in _FOLDERS:
-        if (folder / left).is_dir() and (folder / right).is_dir():
-            return _by_case(folder / left), _by_case(folder / right)
+    for names in _FOLDERS:
+        there = [name for name in names if (folder / name).is_dir()]
+        if len(there) == 2:
+            return _by_case(folder / there[0]), _by_case(folder / there[1])
+        if there and not any(child.is_file() for child in folder.iterdir()):
+            missing = names[1 - names.index(there[0])]
+            raise DataError(f"{folder.name}: there is a folder {there[0]}, but no {missing} beside it")
     return None
 
 

@@ -7,6 +7,7 @@ their like move image and mask together.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from medsr.io.masks import read_mask
 from medsr.transforms.bicubic import bicubic_resize
 
 __all__ = ["IGNORED", "GreysToClassesd", "LoadMaskd", "ResizeFramed", "SameSized", "reduced_size"]
+
+_log = logging.getLogger(__name__)
 
 IGNORED = 255
 """Class index of pixels that nobody labelled: losses and scores leave them out."""
@@ -81,7 +84,7 @@ class SameSized(MapTransform):
     Example:
         >>> SameSized("label")({"image": torch.zeros(3, 4, 5), "label": torch.zeros(1, 4, 6)})
         Traceback (most recent call last):
-        medsr.errors.DataError: label: 4 x 6 pixels, but image has 4 x 5; a mask must lie on its image pixel by pixel
+        medsr.errors.DataError: label: 4 x 6 pixels, but its image has 4 x 5; both must be of one size
     """
 
     def __init__(
@@ -98,10 +101,9 @@ class SameSized(MapTransform):
             mask = result[key]
             if mask.shape[1:] != image.shape[1:]:
                 sizes = [" x ".join(str(n) for n in one.shape[1:]) for one in (mask, image)]
-                names = loaded_name(mask, key), loaded_name(image, self.image_key)
                 raise DataError(
-                    f"{names[0]}: {sizes[0]} pixels, but {names[1]} has {sizes[1]}; "
-                    "a mask must lie on its image pixel by pixel"
+                    f"{loaded_name(mask, key)}: {sizes[0]} pixels, but its image has {sizes[1]}; both must be of one "
+                    "size"
                 )
         return result
 
@@ -110,7 +112,8 @@ class GreysToClassesd(MapTransform):
     """Map the grey values of masks to class indices.
 
     ``monai.transforms.MapLabelValued`` was considered: it leaves a value that is not listed as it is, which then is
-    another class or the end of the training.
+    another class or the end of the training. A mask with nothing but background and pixels to ignore is pointed out,
+    once: 255 may mean the instrument.
 
     Args:
         keys: masks of whole numbers.
@@ -150,6 +153,8 @@ class GreysToClassesd(MapTransform):
         self.listed = "; ".join(f"{name} {values}" for name, values in classes.items())
         indices = {value: index for index, listed in enumerate(classes.values()) for value in listed}
         indices |= dict.fromkeys(ignored, IGNORED)
+        self.ignored = ignored
+        self._has_warned = False
         self.greys = torch.tensor(sorted(indices))
         self.indices = torch.tensor([indices[value] for value in sorted(indices)])
 
@@ -167,8 +172,21 @@ class GreysToClassesd(MapTransform):
                     f"{self.listed}; add it to label_map or to the values to ignore"
                 )
             found = self.indices[place]
+            self._warn_of_nothing(loaded_name(mask, key), found)
             result[key] = MetaTensor(found).copy_meta_from(mask) if isinstance(mask, MetaTensor) else found
         return result
+
+    def _warn_of_nothing(self, name: str, found: torch.Tensor) -> None:
+        """Say once when a mask has no class but what does not count: 255 is also how many programs write a mask."""
+        ignored = found == IGNORED
+        if not self._has_warned and ignored.any() and not ((found > 0) & ~ignored).any():
+            self._has_warned = True
+            _log.warning(
+                "%s: has nothing but background and pixels that do not count (%s); if these are a class, say so in "
+                "classes and ignore",
+                name,
+                self.ignored,
+            )
 
 
 class ResizeFramed(MapTransform):

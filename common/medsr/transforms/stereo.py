@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from medsr.errors import DataError, SettingError
 from medsr.io.loading import loaded_name
+from medsr.settings import as_flag, as_whole
 
 __all__ = [
     "FRAME_LAYOUTS",
@@ -63,7 +64,8 @@ class JoinViewsd(MapTransform):
 
     ``monai.transforms.ConcatItemsd`` was considered; it does not tell which views do not fit together. The pair
     keeps the metadata of the left view. An image without a second view becomes a pair of the same view twice, which
-    is noted.
+    is noted; so are two views that are the same image, and a right view of another bit depth, since both are written
+    as the left one.
 
     Args:
         keys: left views; each is replaced by its pair.
@@ -108,9 +110,9 @@ class JoinViewsd(MapTransform):
                 raise DataError(
                     f"{loaded_name(left, key)}: views of {len(left)} channels; {channels} are needed"
                 )
-            result[key] = torch.cat([one.expand(channels, -1, -1) for one in (left, right)])
-            if alone:
-                result[key] = _noted(result[key], ["there is no second view: the image was taken for both"])
+            pair = torch.cat([one.expand(channels, -1, -1) for one in (left, right)])
+            notes = _notes_of(left, None if alone else right)
+            result[key] = _noted(pair, notes) if notes else pair
         return result
 
 
@@ -198,7 +200,7 @@ class SplitFramed(MapTransform):
         super().__init__(keys, allow_missing_keys)
         if layout not in FRAME_LAYOUTS:
             raise SettingError(f"layout must be one of {', '.join(FRAME_LAYOUTS)}, got '{layout}'")
-        self.layout, self.right_first = layout, right_first
+        self.layout, self.right_first = layout, as_flag("right_first", right_first)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Cut every frame."""
@@ -458,7 +460,7 @@ class AlignRowsd(MapTransform):
         ``(2C, H, W)`` to ``(2C, H - shift, W)``.
 
     Raises:
-        SettingError: for another word than ``estimate``.
+        SettingError: for another word than ``estimate``, or a fraction.
         DataError: if the shift leaves no row.
 
     Example:
@@ -480,7 +482,8 @@ class AlignRowsd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         if isinstance(rows, str) and rows != "estimate":
             raise SettingError(f"rows must be a whole number or 'estimate', got '{rows}'")
-        self.rows, self.max_rows, self.max_columns, self.parallel = rows, max_rows, max_columns, parallel
+        self.rows = rows if isinstance(rows, str) else as_whole("rows", rows)
+        self.max_rows, self.max_columns, self.parallel = max_rows, max_columns, parallel
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Align every pair."""
@@ -492,7 +495,7 @@ class AlignRowsd(MapTransform):
     def _aligned(self, pair: Any, key: Hashable) -> MetaTensor:
         pair = pair if isinstance(pair, MetaTensor) else MetaTensor(pair)
         found = match_rows(pair, max_rows=self.max_rows, max_columns=self.max_columns)
-        shift = (round(found.offset_px) if found else 0) if self.rows == "estimate" else int(self.rows)
+        shift = self.rows if isinstance(self.rows, int) else round(found.offset_px) if found else 0
         try:
             aligned = shift_rows(pair, shift)
         except SettingError as error:
@@ -618,6 +621,25 @@ def _vertex(before: Tensor, top: Tensor, after: Tensor) -> Tensor:
     bend = before - 2 * top + after
     found = 0.5 * (before - after) / bend.clamp_max(-1e-12)
     return torch.where((before > -1) & (after > -1), found, 0).clamp(-0.5, 0.5)
+
+
+def _notes_of(left: Tensor, right: Tensor | None) -> list[str]:
+    """What the report should say of a pair, beside the notes of its left view."""
+    if right is None:
+        return ["there is no second view: the image was taken for both"]
+    metas = [getattr(one, "meta", {}) for one in (left, right)]
+    known = str(metas[0].get("notes", "")).splitlines()
+    notes = [line for line in str(metas[1].get("notes", "")).splitlines() if line and line not in known]
+    notes = [f"right view: {line}" for line in notes]
+    bits = [meta.get("encoding_bits") for meta in metas]
+    if bits[0] != bits[1]:
+        notes.append(
+            f"the left view has {bits[0]} bits, the right one {bits[1]}: both are written as the left one"
+        )
+    # Black frames are equal as well, and tell nothing.
+    if torch.equal(left, right) and left.max() > left.min():
+        notes.append("both views are the same image, pixel by pixel")
+    return notes
 
 
 def _noted(image: Tensor, warnings: Sequence[str]) -> MetaTensor:

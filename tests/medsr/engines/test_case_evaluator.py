@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from medsr.engines.case_evaluator import CaseDataset, CaseEvaluator, one_line
+from medsr.engines.case_evaluator import CaseDataset, CaseEvaluator, named, one_line
 from medsr.errors import DataError, GeometryError, MedsrError, OutputError
 from monai.data import DataLoader
 from monai.engines.utils import IterationEvents
@@ -168,3 +168,21 @@ def test_a_chain_that_bites_its_tail_ends():
 def test_a_case_that_is_known_to_be_bad_is_passed_on_with_its_reason():
     dataset = CaseDataset([{"image": "x", "case": "a", "error": "a: there is no right view"}], load)
     assert dataset[0] == {"case": "a", "error": "a: there is no right view"}
+
+
+@pytest.mark.parametrize(
+    ("case", "reason", "line"),
+    [
+        (
+            "a",
+            "the network gave values that are not finite",
+            "a: the network gave values that are not finite",
+        ),
+        ("a", "a.nii.gz: truncated", "a.nii.gz: truncated"),
+        ("pair", "pair: there is no right view", "pair: there is no right view"),
+        ("pair", "pair_left.png: empty file", "pair: pair_left.png: empty file"),
+        ("a", "a shift of 40 rows leaves nothing", "a: a shift of 40 rows leaves nothing"),
+    ],
+)
+def test_every_reason_names_its_case(case, reason, line):
+    assert named(case, reason) == line

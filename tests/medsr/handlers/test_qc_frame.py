@@ -109,3 +109,12 @@ def test_what_does_not_belong_together_is_refused():
         pair_figure({**pair(), "superres": torch.rand(3, 40, 60)}, {}, classes=NAMES)
     with pytest.raises(DataError, match="does not belong to an input"):
         pair_figure({**pair(), "superres": torch.rand(6, 40, 61)}, {}, classes=NAMES)
+
+
+@pytest.mark.parametrize("size", [(3000, 2), (2, 3000)])
+def test_the_page_of_a_strip_stays_a_page(size):
+    pair, mask = torch.rand(6, *size), torch.zeros(1, *size, dtype=torch.uint8)
+    frame = {"image": pair[:3], "pred": mask, "probability": torch.full((2, *size), 0.5), "case": "strip"}
+    both = {"image": pair, "superres": pair, "seg_left": mask, "seg_right": mask, "case": "strip"}
+    for figure in (frame_figure(frame, {}, classes=["a", "b"]), pair_figure(both, {}, classes=["a", "b"])):
+        assert max(figure.get_size_inches()) < 35

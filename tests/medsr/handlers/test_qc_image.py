@@ -77,3 +77,12 @@ def test_a_result_of_another_image_is_refused():
         superres_image_figure(
             {"image": torch.rand(3, 10, 10), "pred": torch.rand(3, 40, 44), "case": "a"}, {}
         )
+
+
+@pytest.mark.parametrize("size", [(5000, 3), (900, 1), (3, 5000), (1, 900), (1, 1)])
+def test_the_page_of_a_strip_stays_a_page(size, tmp_path):
+    low = torch.rand(3, *size)
+    high = bicubic_resize(low, (2 * size[0], 2 * size[1])).clamp(0, 1)
+    figure = superres_image_figure({"image": low, "pred": high, "case": "strip"}, {})
+    assert max(figure.get_size_inches()) < 20
+    figure.savefig(tmp_path / "strip.png", dpi=20)

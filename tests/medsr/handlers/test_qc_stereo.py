@@ -67,3 +67,10 @@ def test_what_is_no_pair_is_refused():
         superres_pair_figure({"image": torch.rand(3, 8, 8), "pred": torch.rand(3, 16, 16), "case": "a"}, {})
     with pytest.raises(DataError, match="does not belong"):
         superres_pair_figure({"image": torch.rand(6, 8, 8), "pred": torch.rand(6, 16, 17), "case": "a"}, {})
+
+
+@pytest.mark.parametrize("size", [(3000, 2), (2, 3000)])
+def test_the_page_of_a_strip_stays_a_page(size):
+    low = torch.rand(6, *size)
+    figure = superres_pair_figure({"image": low, "pred": low, "case": "strip"}, {})
+    assert max(figure.get_size_inches()) < 25

@@ -168,7 +168,9 @@ def test_bfloat16_is_not_used_where_it_changes_much_or_is_unsafe(monkeypatch):
 def test_bad_settings_and_frames_are_refused():
     with pytest.raises(SettingError, match="amp must be one of"):
         FrameSegmentationInferer(amp="half")
-    for longest in (0, 64.5):
+    with pytest.raises(SettingError, match="mirror must be true or false, got 'off'"):
+        FrameSegmentationInferer(mirror="off")
+    for longest in (0, 64.5, "abc"):
         with pytest.raises(SettingError, match="longest"):
             FrameSegmentationInferer(longest=longest)
     with pytest.raises(DataError, match="2 channels, the network takes 3"):

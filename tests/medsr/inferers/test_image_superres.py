@@ -92,10 +92,15 @@ def test_results_with_mostly_estimated_detail_say_so(scale, noted):
     assert ("not for diagnosis" in infer.facts.get("notice", "")) == noted
 
 
-@pytest.mark.parametrize("steps", [-1, 1.5])
+@pytest.mark.parametrize("steps", [-1, 1.5, "x"])
 def test_steps_are_whole_numbers(steps):
     with pytest.raises(SettingError, match="back_projection"):
         ImageSuperResInferer(back_projection=steps)
+
+
+def test_an_ensemble_is_asked_for_or_not():
+    with pytest.raises(SettingError, match="ensemble must be true or false, got 'off'"):
+        ImageSuperResInferer(ensemble="off")
 
 
 def test_large_results_are_kept_in_half_precision(monkeypatch):

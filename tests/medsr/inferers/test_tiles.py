@@ -378,6 +378,9 @@ def test_only_one_image_with_pixels_is_taken(local):
     ("setting", "name"),
     [
         ({"tile": 7}, "tile"),
+        ({"tile": 9.5}, "tile"),
+        ({"tile": "abc"}, "tile"),
+        ({"max_whole": "4e6"}, "max_whole"),
         ({"max_whole": 0}, "max_whole"),
         ({"batch": 0}, "batch"),
         ({"tolerance": 0.0}, "tolerance"),

@@ -14,7 +14,7 @@ from medsr.errors import OutputError
 from medsr.io import image_writing as module
 from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding, read_image
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 RAMP = np.linspace(0, 1, 70, dtype=np.float32).reshape(1, 7, 10)
 PLAIN = ImageEncoding("PNG", 8, 1)
@@ -130,6 +130,27 @@ def test_profile_and_resolution_are_kept_and_nothing_else(tmp_path, suffix, mark
     # A colour profile does not fit a grey map of the same case.
     write_image(path, RAMP, encoding)
     assert read_image(path).encoding.icc_profile is None
+
+
+def test_gamma_and_primaries_of_a_png_are_kept_in_a_png(tmp_path):
+    colours = {"cHRM": bytes(range(32)), "gAMA": (100000).to_bytes(4, "big"), "cICP": bytes([9, 16, 0, 1])}
+    info = PngImagePlugin.PngInfo()
+    for name, content in colours.items():
+        info.add(name.encode(), content)
+    info.add(b"sBIT", bytes([5, 5, 5]))
+    Image.new("RGB", (10, 7)).save(tmp_path / "source.png", pnginfo=info)
+    encoding = read_image(tmp_path / "source.png").encoding
+    assert dict(encoding.png_colour) == colours
+    values = np.repeat(RAMP, 3, axis=0)
+    assert (
+        read_image(write_image(tmp_path / "a.png", values, encoding)).encoding.png_colour
+        == encoding.png_colour
+    )
+    with Image.open(write_image(tmp_path / "a.png", values, encoding)) as image:
+        assert image.info["gamma"] == 1
+    # TIFF has no such entries, and a grey map of the case has other colours.
+    assert not read_image(write_image(tmp_path / "a.tif", values, encoding)).encoding.png_colour
+    assert not read_image(write_image(tmp_path / "a.png", RAMP, encoding)).encoding.png_colour
 
 
 def test_equal_input_gives_equal_bytes(tmp_path):

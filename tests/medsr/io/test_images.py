@@ -615,12 +615,20 @@ def test_dicom_bomb(photo, monkeypatch):
     refused(path, "54 pixels, the limit of Pillow .* is 53")
 
 
+@pytest.mark.parametrize("kept", [9, 12, 15, 20])
+def test_a_png_that_ends_inside_its_first_bytes_is_called_truncated(tmp_path, kept):
+    path = save(tmp_path / "a.png", RGB)
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(path, "truncated, the file ends inside a PNG chunk")
+
+
 # --- Encoding ---------------------------------------------------------------------------------------------
 
 
 def test_encoding_survives_as_metadata():
     full = ImageEncoding("DICOM", 12, 1, -5.5, 0.1, "MONOCHROME1", b"\0\xff\n", (72.5, 300.0))
-    for encoding in (full, ImageEncoding("PNG", 8, 3)):
+    colours = ImageEncoding("PNG", 8, 3, png_colour=(("cHRM", bytes(32)), ("gAMA", b"\0\1\x86\xa0")))
+    for encoding in (full, colours, ImageEncoding("PNG", 8, 3)):
         meta = encoding.to_meta()
         assert all(isinstance(value, (str, int, float)) for value in meta.values())
         assert ImageEncoding.from_meta(meta) == encoding

@@ -259,3 +259,13 @@ def test_two_cases_of_one_name_are_refused(tmp_path):
         save(tmp_path / folder / "right" / "a.png")
     with pytest.raises(DataError, match="two inputs have the case name a"):
         find_stereo_cases([tmp_path / "one", tmp_path / "two"])
+
+
+@pytest.mark.parametrize(("there", "missing"), [("left", "right"), ("right_frames", "left_frames")])
+def test_one_folder_of_views_without_the_other_is_said(tmp_path, there, missing):
+    (tmp_path / "pairs" / there).mkdir(parents=True)
+    for find in (find_stereo_cases, find_stereo_pairs):
+        with pytest.raises(
+            DataError, match=f"^pairs: there is a folder {there}, but no {missing} beside it$"
+        ):
+            find(tmp_path / "pairs")

@@ -46,6 +46,20 @@ def test_other_values_can_be_ignored_and_255_can_be_a_class():
     assert classes({"label": torch.tensor([[[0, 128, 255]]])})["label"].tolist() == [[[0, IGNORED, 1]]]
 
 
+def test_a_mask_whose_only_object_does_not_count_is_pointed_out_once(caplog):
+    def after(*masks: list[int], ignore: list[int]) -> list[str]:
+        caplog.clear()
+        classes = GreysToClassesd("label", LABEL_MAP, ignore)
+        for mask in masks:
+            classes({"label": torch.tensor([[mask]])})
+        return [record.getMessage() for record in caplog.records]
+
+    # What most programs write for background and instrument.
+    (message,) = after([0, 0, 255], [0, 255, 255], ignore=[255])
+    assert "nothing but background and pixels that do not count ([255])" in message
+    assert after([0, 10, 255], [0, 0, 0], [20, 20, 20], ignore=[255]) == []
+
+
 @pytest.mark.parametrize("foreign", [5, 254, 300])
 def test_a_value_outside_the_map_is_named_with_its_file(foreign):
     mask = MetaTensor(torch.tensor([[[0, 10, foreign]]]), meta={"filename_or_obj": "/data/d1-a.png"})
@@ -73,7 +87,7 @@ def test_another_size_than_the_image_is_refused_with_both():
     item = {"image": torch.zeros(3, 4, 5), "label": torch.zeros(1, 4, 5)}
     assert SameSized("label")(item).keys() == item.keys()
     item["label"] = MetaTensor(torch.zeros(1, 5, 4), meta={"filename_or_obj": "a/m.png"})
-    with pytest.raises(DataError, match=r"m\.png: 5 x 4 pixels, but image has 4 x 5"):
+    with pytest.raises(DataError, match=r"m\.png: 5 x 4 pixels, but its image has 4 x 5"):
         SameSized("label")(item)
 
 

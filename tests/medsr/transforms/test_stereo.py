@@ -117,6 +117,20 @@ def test_an_image_without_a_second_view_is_taken_for_both():
     assert image.meta["notes"] == "lossy"
 
 
+def test_what_is_odd_about_a_right_view_is_noted():
+    left, right = named(torch.rand(3, 4, 5)), named(torch.rand(3, 4, 5))
+    right.meta["notes"] = "lossy\nEXIF orientation 3 was applied"
+    left.meta["encoding_bits"], right.meta["encoding_bits"] = 8, 16
+    notes = JoinViewsd()({"image": left, "image_right": right})["image"].meta["notes"].splitlines()
+    assert notes == [
+        "lossy",
+        "right view: EXIF orientation 3 was applied",
+        "the left view has 8 bits, the right one 16: both are written as the left one",
+    ]
+    notes = JoinViewsd()({"image": left, "image_right": left.clone()})["image"].meta["notes"].splitlines()
+    assert notes == ["lossy", "both views are the same image, pixel by pixel"]
+
+
 def test_views_of_two_sizes_are_refused_by_name():
     refuse_unequal_views("a.png", (3, 4, 5), torch.Size([3, 4, 5]))
     with pytest.raises(DataError, match=r"a\.png: the left view is 3 x 4 x 5, the right one 3 x 4 x 6"):
@@ -288,6 +302,10 @@ def test_views_without_texture_are_left_alone_with_a_warning():
 def test_impossible_shifts_are_refused():
     with pytest.raises(SettingError, match="rows must be a whole number or 'estimate', got 'auto'"):
         AlignRowsd("image", rows="auto")
+    with pytest.raises(SettingError, match=r"rows must be a whole number, got 1\.5"):
+        AlignRowsd("image", rows=1.5)
+    with pytest.raises(SettingError, match="right_first must be true or false, got 'no'"):
+        SplitFramed("image", right_first="no")
     with pytest.raises(DataError, match="a shift of 40 rows leaves nothing of 40"):
         AlignRowsd("image", rows=40)({"image": torch.rand(6, 40, 60)})
 
