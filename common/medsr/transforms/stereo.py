@@ -444,9 +444,9 @@ class AlignRowsd(MapTransform):
     and lenses need :class:`~medsr.transforms.rectification.Rectifyd`.
 
     The metadata get ``row_offset_px`` (what was removed), ``row_residual_px`` (vertical disparity that is left, the
-    median of its size), ``row_patches`` and ``disparity_px``. A residual above 1 px, views that look swapped
-    (negative disparity), and views in which nothing was found in common are noted as warnings. Disparities of both
-    signs are normal for cameras that look inwards: they are only told from swapped views where ``parallel`` is set.
+    median of its size), ``row_patches`` and ``disparity_px``. A residual above 1 px, a negative disparity, and views in
+    which nothing was found in common are noted as warnings. Disparities of both signs are normal for cameras that look
+    inwards: only where ``parallel`` is set does a negative one mean swapped views for sure.
 
     Args:
         keys: pairs.
@@ -513,8 +513,13 @@ class AlignRowsd(MapTransform):
                 warnings.append(
                     f"rows of the views differ by {residual:.1f} px after a shift of {shift}; rectify the pair"
                 )
-            if self.parallel and found.disparity_px < 0:
-                warnings.append(f"the disparity is {found.disparity_px:g} px: the views look swapped")
+            if found.disparity_px < 0:
+                meaning = (
+                    "the views look swapped"
+                    if self.parallel
+                    else "cameras that look inwards, or swapped views"
+                )
+                warnings.append(f"the disparity is {found.disparity_px:g} px: {meaning}")
         for warning in warnings:
             _log.warning("%s: %s", loaded_name(pair, key), warning)
         return _noted(aligned, warnings)

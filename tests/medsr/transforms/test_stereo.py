@@ -288,9 +288,11 @@ def test_a_rolled_camera_is_noticed():
 
 def test_swapped_views_are_noticed_where_the_sign_tells():
     pair = taken(0, -6)
-    assert AlignRowsd("image")({"image": pair})["image"].meta["notes"] == ""
+    assert AlignRowsd("image")({"image": taken(0, 6)})["image"].meta["notes"] == ""
     found = AlignRowsd("image", parallel=True)({"image": pair})["image"]
     assert "the disparity is -6 px: the views look swapped" in found.meta["notes"]
+    found = AlignRowsd("image")({"image": pair})["image"]
+    assert "the disparity is -6 px: cameras that look inwards, or swapped views" in found.meta["notes"]
 
 
 def test_views_without_texture_are_left_alone_with_a_warning():
