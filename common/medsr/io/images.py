@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +32,12 @@ from medsr.errors import DataError
 from medsr.io.cases import collect_cases, list_folder
 from medsr.io.nifti import refuse_oversize
 
+_log = logging.getLogger(__name__)
+
 __all__ = ["ImageEncoding", "ImageHeader", "LoadedImage", "find_images", "read_image", "read_image_header"]
+
+_UNREAD = (".webp", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".tga")
+"""Endings of pictures that are not read: a folder that holds them says so, others may hold anything."""
 
 _SUFFIXES = (".png", ".jpeg", ".jpg", ".tiff", ".tif", ".bmp", ".dcm")
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
@@ -222,8 +229,9 @@ class LoadedImage:
 def find_images(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
     """List the photographs behind a path as data items ``{"image": absolute path, "case": name}``.
 
-    Files are known by their ending, DICOM files also by their mark. Sub-folders are not searched, because they may
-    hold masks, or the results of an earlier run; hidden files are ignored.
+    Files are known by their ending, DICOM files also by their mark. Pictures of other formats are left out with a
+    warning, other files without one. Sub-folders are not searched, because they may hold masks, or the results of an
+    earlier run; hidden files are ignored.
 
     Args:
         source: a PNG, JPEG, TIFF, BMP or DICOM file, a folder of them, or a list of these.
@@ -310,9 +318,20 @@ def _expand(path: Path) -> list[Path]:
             raise DataError(f"{name}: not a {_KINDS} file")
         return [path]
     found = list_folder(path, _looks_like_image)
+    unread = sorted(child.name for child in path.iterdir() if child.name.lower().endswith(_UNREAD))
+    if unread:
+        _say(
+            f"{name}: {len(unread)} pictures are left out, {unread[0]} first; convert them, {_KINDS} files are read"
+        )
     if not found:
         raise DataError(f"{name}: no {_KINDS} file in this folder; sub-folders are not searched")
     return found
+
+
+@lru_cache(maxsize=64)
+def _say(text: str) -> None:
+    """Warn once: a run lists its folder several times."""
+    _log.warning("%s", text)
 
 
 def _looks_like_image(path: Path) -> bool:

@@ -695,3 +695,13 @@ def test_links_that_leave_the_folder(tmp_path):
     (inner / "b.png").symlink_to(path)
     listing_refused(inner, "leaves the folder")
     assert names(inner / "b.png") == ["b"]
+
+
+def test_pictures_that_are_not_read_are_named_once(tmp_path, caplog):
+    Image.new("L", (4, 4)).save(tmp_path / "good.png")
+    for name in ("second.webp", "First.HEIC", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [item["case"] for item in find_images(tmp_path)] == ["good"]
+    find_images(tmp_path)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "2 pictures are left out, First.HEIC first" in line
