@@ -168,6 +168,9 @@ class VolumeInferer(SliceGroupInferer):
         if part.shape == stack.shape:
             return found
         whole = self._interpolated(stack, ratio, found.shape[-1], network)
+        if whole.shape[1] > stack.shape[1]:
+            # Even where nothing is, the network expects some error: without it the box would be seen.
+            whole[:, -1].clamp_(min=float(found[:, -1].min()))
         whole[box] = found
         return whole
 
