@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from functools import partial
@@ -16,13 +17,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from medsr.engines.case_evaluator import CaseDataset, one_line
+from medsr.engines.case_evaluator import CaseDataset, named, one_line
 from medsr.errors import DataError, OutputError, SettingError
 from medsr.handlers.case_output import RunReport
 from medsr.inferers.stereo_superres import StereoSuperResInferer
@@ -32,6 +34,7 @@ from medsr.io.loading import LoadImageFiled
 from medsr.io.stereo import find_stereo_cases
 from medsr.io.video import VIDEO_FORMATS, VideoWriter, is_video, read_frames, read_video_header, write_video
 from medsr.io.writing import probe_folder
+from medsr.settings import as_flag, as_whole
 from medsr.transforms.stereo import (
     FRAME_LAYOUTS,
     ROW_RESIDUAL_LIMIT_PX,
@@ -67,7 +70,8 @@ class StereoVideo:
     side by side. A video, as each PNG, appears whole or not at all.
 
     In a folder a bad frame is named and left out, and the others go on; in a video their times stay. A video file that
-    is damaged ends the run, because nobody knows what is missing. Memory is that of one frame, whatever the length.
+    is damaged ends the run, because nobody knows what is missing. Each frame is written while the next one is computed;
+    memory is that of these two, whatever the length.
 
     :class:`~medsr.engines.case_evaluator.CaseEvaluator` was considered: it runs a folder as well, and lists every case
     in the report, which it writes anew after each; a video has too many.
@@ -125,13 +129,14 @@ class StereoVideo:
             raise SettingError(f"layout must be one of {', '.join(FRAME_LAYOUTS)}, got '{layout}'")
         if isinstance(rows, str) and rows != "estimate":
             raise SettingError(f"rows must be a whole number or 'estimate', got '{rows}'")
-        if resume and overwrite:
+        self.resume, self.overwrite = as_flag("resume", resume), as_flag("overwrite", overwrite)
+        if self.resume and self.overwrite:
             raise SettingError("resume keeps what is there, overwrite replaces it; choose one of them")
         self.source, self.network, self.output_dir = source, network, Path(output_dir)
         self.inferer = StereoSuperResInferer() if inferer is None else inferer
         self.split = SplitFramed("image", layout, right_first=right_first)
-        self.rows, self.result, self.rate = rows, result, _rate(frame_rate)
-        self.resume, self.overwrite, self.progress = bool(resume), bool(overwrite), bool(progress)
+        self.rows = rows if isinstance(rows, str) else as_whole("rows", rows)
+        self.result, self.rate, self.progress = result, _rate(frame_rate), as_flag("progress", progress)
         self.device = torch.device(device)
         self.report = _ClipReport(self.output_dir, device=self.device, **(record or {}))
 
@@ -232,7 +237,7 @@ class StereoVideo:
         frames = (item["image"] for item in islice(clip.items(), _LOOKED_AT) if "error" not in item)
         matches = list(islice(filter(None, map(match_rows, frames)), _ENOUGH))
         offset = median(match.offset_px for match in matches) if matches else 0.0
-        shift = round(offset) if self.rows == "estimate" else int(self.rows)
+        shift = self.rows if isinstance(self.rows, int) else round(offset)
         entry.update(row_offset_px=shift, warnings=list(clip.notes))
         if clip.rate is not None:
             entry["frame_rate"] = round(float(clip.rate), 3)
@@ -251,33 +256,19 @@ class StereoVideo:
         return shift
 
     def _frames(self, clip: _Clip, result: str, *, rows: int, entry: dict[str, Any]) -> None:
-        """Super-resolve and write all frames."""
-        tally = _Tally(entry)
+        """Super-resolve all frames, and write each while the next one is computed."""
+        tally = _Tally(entry, whole=clip.is_file)
         # Disabled or not said: TQDM_DISABLE counts only where nothing is said.
         quiet = {} if self.progress else {"disable": True}
         bar = tqdm(total=clip.count, desc=clip.name, unit="frame", **quiet)
         with tally, self._writer(clip, result) as writer, bar:
-            for item in clip.items():
-                case = item["case"]
-                try:
-                    if "error" in item:
-                        raise DataError(item["error"])
-                    if self.resume and writer.has(case):
+            with _Behind(writer, tally) as behind:
+                for item in clip.items():
+                    if self.resume and "error" not in item and writer.has(item["case"]):
                         tally.kept += 1
                     else:
-                        since = time.monotonic()
-                        pair, views = self._enlarged(item["image"], rows)
-                        seconds = time.monotonic() - since
-                        writer.write(item, views, _encoding(pair, views[0]))
-                        tally.add(pair, views, seconds=seconds, facts=self._facts())
-                except (OutputError, SettingError):
-                    # Neither gets better with the next frame.
-                    raise
-                except Exception as error:
-                    if clip.is_file:
-                        raise
-                    tally.failed(case, one_line(error))
-                bar.update()
+                        behind.write(item["case"], partial(self._enlarged, item, rows))
+                    bar.update()
             if not tally.done + tally.kept:
                 raise DataError(f"{clip.name}: no frame can be used; the first reason: {tally.first_reason}")
         _log.info("%s: %d frames, %s per second", clip.name, tally.done, entry["frames_per_second"])
@@ -296,14 +287,15 @@ class StereoVideo:
             yield _SideBySide(video)
         entry["files"] = [path.name]
 
-    def _enlarged(self, pair: Tensor, shift: int) -> tuple[Tensor, Sequence[Tensor]]:
-        """The pair with its rows at one height, and the enlarged views."""
-        pair = shift_rows(pair, shift)
+    def _enlarged(self, item: Mapping[str, Any], shift: int) -> _Frame:
+        """The frame with its rows at one height, and the enlarged views."""
+        if "error" in item:
+            raise DataError(item["error"])
+        since = time.monotonic()
+        pair = shift_rows(item["image"], shift)
         found: Tensor = self.inferer(pair[None].to(self.device), self.network)
-        return pair, found[0].chunk(2)
-
-    def _facts(self) -> Mapping[str, Any]:
-        return getattr(self.inferer, "facts", {})
+        seconds = time.monotonic() - since
+        return _Frame(item, pair, found[0].chunk(2), seconds, getattr(self.inferer, "facts", {}))
 
 
 class _Clip(NamedTuple):
@@ -318,12 +310,29 @@ class _Clip(NamedTuple):
     is_file: bool = False
 
 
+class _Frame(NamedTuple):
+    """What was made of an item, how long it took, and what the inferer says of it."""
+
+    item: Mapping[str, Any]
+    pair: Tensor
+    views: Sequence[Tensor]
+    seconds: float
+    facts: Mapping[str, Any]
+
+    @property
+    def encoding(self) -> ImageEncoding:
+        assert isinstance(self.pair, MetaTensor)
+        return ImageEncoding.from_meta(self.pair.meta).magnified(
+            self.views[0].shape[-1] / self.pair.shape[-1]
+        )
+
+
 class _Writer(Protocol):
     """Where enlarged frames go."""
 
     def has(self, case: str) -> bool: ...
 
-    def write(self, item: Mapping[str, Any], views: Sequence[Tensor], encoding: ImageEncoding) -> None: ...
+    def write(self, frame: _Frame) -> None: ...
 
 
 class _Pairs:
@@ -337,11 +346,11 @@ class _Pairs:
     def has(self, case: str) -> bool:
         return all(path.exists() for path in self._paths(case))
 
-    def write(self, item: Mapping[str, Any], views: Sequence[Tensor], encoding: ImageEncoding) -> None:
-        paths = self._paths(item["case"])
+    def write(self, frame: _Frame) -> None:
+        paths = self._paths(frame.item["case"])
         try:
-            for path, view in zip(paths, views, strict=True):
-                write_image(path, view.numpy(), encoding)
+            for path, view in zip(paths, frame.views, strict=True):
+                write_image(path, view.numpy(), frame.encoding)
         except BaseException:
             for path in paths:
                 path.unlink(missing_ok=True)
@@ -360,8 +369,52 @@ class _SideBySide:
     def has(self, case: str) -> bool:
         return False
 
-    def write(self, item: Mapping[str, Any], views: Sequence[Tensor], encoding: ImageEncoding) -> None:
-        self.video.add(torch.cat(list(views), 2).numpy(), item["ticks"])
+    def write(self, frame: _Frame) -> None:
+        self.video.add(np.concatenate([view.numpy() for view in frame.views], 2), frame.item["ticks"])
+
+
+class _Behind(AbstractContextManager["_Behind"]):
+    """Writes each frame on a thread of its own, while the next one is computed.
+
+    ``monai.data.ThreadBuffer`` was considered: an error on its thread looks like the end of the data.
+    """
+
+    def __init__(self, writer: _Writer, tally: _Tally) -> None:
+        self.writer, self.tally = writer, tally
+        self._thread = ThreadPoolExecutor(1)
+        self._last: tuple[_Frame, Future[None]] | None = None
+
+    def write(self, case: str, compute: Callable[[], _Frame]) -> None:
+        """Compute a frame, and start to write it once the one before is there."""
+        error: Exception | None = None
+        try:
+            frame = compute()
+        except Exception as found:
+            error = found
+        # Frames are told of in their order.
+        self.settle()
+        if error is not None:
+            self.tally.failed(case, error)
+        else:
+            self._last = frame, self._thread.submit(self.writer.write, frame)
+
+    def settle(self) -> None:
+        """Wait for the frame that is being written, and tell how that ended."""
+        if self._last is None:
+            return
+        frame, written = self._last
+        error = written.exception()
+        self._last = None
+        if error is not None:
+            self.tally.failed(frame.item["case"], error)
+        else:
+            self.tally.add(frame)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # The error that led here is the one to be told.
+        told = contextlib.nullcontext() if kind is None else contextlib.suppress(Exception)
+        with self._thread, told:
+            self.settle()
 
 
 class _ClipReport(RunReport):
@@ -375,8 +428,8 @@ class _ClipReport(RunReport):
 class _Tally(AbstractContextManager["_Tally"]):
     """Counts frames, and keeps what the report says of all of them up to date, also where an error ends the run."""
 
-    def __init__(self, entry: dict[str, Any]) -> None:
-        self.entry = entry
+    def __init__(self, entry: dict[str, Any], *, whole: bool) -> None:
+        self.entry, self.whole = entry, whole
         self.done = self.kept = 0
         self.failures: dict[str, str] = {}
         self.lowest: dict[str, float] = {}
@@ -387,9 +440,10 @@ class _Tally(AbstractContextManager["_Tally"]):
     def first_reason(self) -> str:
         return next(iter(self.failures.values()), "there is none")
 
-    def add(self, pair: Tensor, views: Sequence[Tensor], *, seconds: float, facts: Mapping[str, Any]) -> None:
+    def add(self, frame: _Frame) -> None:
+        pair, views, facts = frame.pair, frame.views, frame.facts
         self.done += 1
-        self.network_seconds += seconds
+        self.network_seconds += frame.seconds
         self.entry.update({key: facts[key] for key in _FACTS if key in facts})
         self.entry.setdefault("input_size", list(pair.shape[1:]))
         self.entry.setdefault("output_size", list(views[0].shape[1:]))
@@ -400,9 +454,12 @@ class _Tally(AbstractContextManager["_Tally"]):
         known = self.entry["warnings"]
         known += [line for line in dict.fromkeys([*notes, *facts.get("warnings", [])]) if line not in known]
 
-    def failed(self, case: str, reason: str) -> None:
-        self.failures[case] = reason
-        _log.error("%s", reason if case in reason else f"{case}: {reason}")
+    def failed(self, case: str, error: BaseException) -> None:
+        """Name the frame that an error is about; raise it where all are wanted, or the next would do no better."""
+        if self.whole or isinstance(error, (OutputError, SettingError)):
+            raise error
+        reason = self.failures[case] = one_line(error)
+        _log.error("%s", named(case, reason))
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         seconds = time.monotonic() - self.since
@@ -453,11 +510,6 @@ def _file_frames(path: Path, split: SplitFramed) -> Iterator[dict[str, Any]]:
 def _by_numbers(name: str) -> list[Any]:
     """Sorts frame2 before frame10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.casefold())]
-
-
-def _encoding(pair: Tensor, view: Tensor) -> ImageEncoding:
-    assert isinstance(pair, MetaTensor)
-    return ImageEncoding.from_meta(pair.meta).magnified(view.shape[-1] / pair.shape[-1])
 
 
 def _rate(given: float | str | None) -> Fraction | None:

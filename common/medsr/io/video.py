@@ -42,6 +42,9 @@ VIDEO_FORMATS = tuple(suffix[1:] for suffix in _CODECS)
 _BT709, _LIMITED = 1, 1
 """Matrix, primaries and transfer of HD video, and levels from 16 to 235, by their numbers in FFmpeg."""
 
+_EXACT = 4 | 1 << 13 | 1 << 18
+"""Bicubic chroma, interpolated at every pixel, and rounded: by default FFmpeg's colours are a level too dark."""
+
 _MISSING_FRAMES = 3
 """Frames that a video may be shorter than it says: containers round, and count the time of the last frame or not."""
 
@@ -122,8 +125,10 @@ def read_video_header(path: PathLike) -> VideoHeader:
     path = Path(path)
     with _opened(path) as (container, stream):
         rate = stream.guessed_rate or stream.average_rate
-        if not rate or not stream.width or not stream.height:
-            raise DataError(f"{path.name}: the video tells no size or frame rate; convert it first")
+        if not rate or not stream.width or not stream.height or not stream.format:
+            raise DataError(
+                f"{path.name}: the video tells no size, colours or frame rate; copy or convert it again"
+            )
         length = None
         if stream.duration:
             length = stream.duration * stream.time_base
@@ -131,6 +136,9 @@ def read_video_header(path: PathLike) -> VideoHeader:
             length = Fraction(container.duration, 1_000_000)
         bits = max(one.bits for one in stream.format.components)
         notes = [f"the video has {bits} bits per colour; its frames were read with 8"] if bits > 8 else []
+        shape = stream.sample_aspect_ratio
+        if shape and shape != 1:
+            notes.append(f"the pixels are {shape} times as wide as high; a result does not say so")
         return VideoHeader(
             path=path,
             size=(int(stream.height), int(stream.width)),
@@ -153,7 +161,8 @@ def read_frames(path: PathLike) -> Iterator[VideoFrame]:
 
     Raises:
         MissingExtraError: if PyAV is not installed.
-        DataError: if the file cannot be read, a frame is damaged or of another size, or the video ends early.
+        DataError: if the file cannot be read, a frame is damaged, of another size or to be turned, or the video ends
+            early.
 
     Example:
         >>> next(read_frames("none.mp4"))
@@ -173,10 +182,15 @@ def read_frames(path: PathLike) -> Iterator[VideoFrame]:
                 raise DataError(
                     f"{name}: frame {number} has another size than the first; cut the video there"
                 )
+            if frame.rotation:
+                raise DataError(
+                    f"{name}: the video is to be shown turned by {frame.rotation} degrees; turn its frames first"
+                )
             # Raw streams have no times: all frames are as long then.
             ticks = round((number - 1) * length) if frame.pts is None else frame.pts
             first = ticks if number == 1 else first
-            levels = np.moveaxis(frame.to_ndarray(format="rgb24"), -1, 0)
+            exact = frame.reformat(format="rgb24", interpolation=_EXACT)
+            levels = np.moveaxis(exact.to_ndarray(), -1, 0)
             yield VideoFrame(ticks - first, np.divide(levels, np.float32(255), dtype=np.float32, order="C"))
     if not number:
         raise DataError(f"{name}: there is no frame in this video")

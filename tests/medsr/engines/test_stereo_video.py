@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ import torch
 from medsr.engines import stereo_video as module
 from medsr.engines.stereo_video import StereoVideo
 from medsr.errors import DataError, MedsrError, OutputError, SettingError
-from medsr.io.video import read_frames, read_video_header, write_video
+from medsr.io.video import VideoWriter, read_frames, read_video_header, write_video
 from medsr.transforms.bicubic import bicubic_resize
 from PIL import Image
 from torch import Tensor, nn
@@ -189,26 +194,125 @@ def test_grey_frames_stay_grey_with_all_their_bits(tmp_path):
     run(tmp_path / "in", tmp_path / "film", result="mkv", frame_rate=25).finish()
 
 
-# --- Bounded memory -----------------------------------------------------------------------------------------------
+# --- Writing beside the network -----------------------------------------------------------------------------------
 
 
-def test_a_frame_is_written_before_the_next_is_read(tmp_path, monkeypatch):
-    events: list[str] = []
+class Watched(Bicubic):
+    """Says when it starts, and fails at one frame if told."""
+
+    def __init__(self, *, fails_at: int | None = None, fault: type[BaseException] = ValueError) -> None:
+        super().__init__()
+        self.started = [threading.Event() for _ in range(9)]
+        self.count, self.fails_at, self.fault = 0, fails_at, fault
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.started[self.count].set()
+        self.count += 1
+        if self.count - 1 == self.fails_at:
+            raise self.fault
+        return super().forward(image)
+
+
+def watch_writing(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> list[int]:
+    """Numbers of the frames that have been written to a video; ``before`` is called before each."""
+    written: list[int] = []
+    add = VideoWriter.add
+
+    def watched(self: VideoWriter, values: Any, ticks: int) -> None:
+        before(self.frames)
+        add(self, values, ticks)
+        written.append(self.frames - 1)
+
+    monkeypatch.setattr(VideoWriter, "add", watched)
+    return written
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def test_a_frame_is_written_while_the_next_is_computed_and_no_more_wait(tmp_path, monkeypatch):
+    count, read, waiting = 7, [], []
+    source, network = film(tmp_path / "clip.mkv", count), Watched()
+
+    def after_the_next_has_started(number: int) -> None:
+        assert network.started[min(number + 1, count - 1)].wait(30)
+
+    written = watch_writing(monkeypatch, after_the_next_has_started)
 
     def watched(path: Path) -> Iterator[Any]:
         for one in read_frames(path):
-            events.append("read")
+            read.append(one)
+            waiting.append(len(read) - module._ENOUGH - len(written))
             yield one
 
-    class Watched(module._SideBySide):
-        def write(self, *arguments: Any) -> None:
-            events.append("write")
-            super().write(*arguments)
-
-    monkeypatch.setattr(module, "_SideBySide", Watched)
     monkeypatch.setattr(module, "read_frames", watched)
-    run(film(tmp_path / "clip.mkv", 7), tmp_path / "out")
-    assert events == ["read"] * module._ENOUGH + ["read", "write"] * 7
+    StereoVideo(source, network, tmp_path / "out", progress=False).run()
+    assert written == list(range(count))
+    # The frame that is read, and the one before it. Some were read before, for their rows.
+    assert max(waiting) == 2
+
+
+@pytest.mark.usefixtures("no_thread_is_left")
+@pytest.mark.parametrize("fails_at", [0, 2, 3])
+def test_an_error_of_the_writer_ends_the_run_and_leaves_no_half_video(tmp_path, monkeypatch, fails_at):
+    def full(number: int) -> None:
+        if number == fails_at:
+            raise OutputError("clip_superres.mkv: cannot be written (No space left on device)")
+
+    source, network = film(tmp_path / "clip.mkv"), Watched()
+    written = watch_writing(monkeypatch, full)
+    with pytest.raises(OutputError, match=r"^clip_superres\.mkv: .*No space left on device\)$"):
+        StereoVideo(source, network, tmp_path / "out", progress=False).run()
+    assert files(tmp_path / "out") == {"report.json"}
+    assert written == list(range(fails_at))
+    assert network.count == min(fails_at + 2, 4)
+    case = entry(tmp_path / "out")
+    assert (case["status"], case["frames"]) == ("unfinished", fails_at)
+    assert "No space" in case["reason"]
+
+
+@pytest.mark.usefixtures("no_thread_is_left")
+@pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("result", ["mkv", "png"])
+def test_an_error_of_the_network_waits_for_the_frame_before_it(tmp_path, fault, result):
+    network = Watched(fails_at=2, fault=fault)
+    video = StereoVideo(film(tmp_path / "clip.mkv"), network, tmp_path / "out", progress=False, result=result)
+    with pytest.raises(fault):
+        video.run()
+    case = entry(tmp_path / "out")
+    assert (case["status"], case["frames"]) == ("unfinished", 2)
+    assert files(tmp_path / "out") == {"report.json"} | {
+        f"{side}/frame_{number:06d}.png" for side in ("left", "right") for number in (1, 2) if result == "png"
+    }
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the signal would end the process there")
+@pytest.mark.usefixtures("no_thread_is_left")
+def test_ctrl_c_while_the_writer_is_waited_for_ends_the_run(tmp_path, monkeypatch):
+    source, network = film(tmp_path / "clip.mkv"), Watched()
+
+    def interrupted(number: int) -> None:
+        if number == 1:
+            assert network.started[2].wait(30)
+            # The network is done with this frame at once.
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    watch_writing(monkeypatch, interrupted)
+    # A shell lets its background jobs ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            StereoVideo(source, network, tmp_path / "out", progress=False).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert files(tmp_path / "out") == {"report.json"}
+    assert network.count == 3
+    assert entry(tmp_path / "out")["reason"] == "clip.mkv: interrupted"
 
 
 # --- What goes wrong ----------------------------------------------------------------------------------------------
@@ -236,15 +340,16 @@ def test_a_bad_frame_of_a_folder_is_named_and_the_others_go_on(tmp_path, caplog)
 
 def test_a_frame_that_is_left_out_leaves_its_time_in_a_video(tmp_path):
     source = folder(tmp_path / "in", 4)
-    (source / "right" / "1.png").unlink()
+    # The first is found out when it is written, the second before.
     for side in ("left", "right"):
-        save(frame(2, side=side, size=(32, 92)), source / side / "2.png")
+        save(frame(1, side=side, size=(32, 92)), source / side / "1.png")
+    (source / "right" / "2.png").unlink()
     video = run(source, tmp_path / "out", result="mkv", frame_rate=25)
     path = tmp_path / "out" / "in_superres.mkv"
     tick = read_video_header(path).tick
     assert [one.ticks * tick * 25 for one in read_frames(path)] == [0, 3]
     case = video.report.cases["in"]
-    assert "64 x 368 does not fit" in case["frames_failed"]["2"]
+    assert "64 x 368 does not fit" in case["frames_failed"]["1"]
     assert (case["frames"], list(case["frames_failed"])) == (2, ["1", "2"])
 
 
@@ -311,6 +416,9 @@ def test_what_is_no_source_is_refused(tmp_path, source, fragment):
         ({"result": "avi"}, "result must be one of"),
         ({"layout": "diagonal"}, "layout must be one of"),
         ({"rows": "guess"}, "rows must be"),
+        ({"rows": 1.5}, "rows must be"),
+        ({"overwrite": "no"}, "overwrite must be true or false"),
+        ({"resume": "no"}, "resume must be true or false"),
         ({"rows": 40}, "leaves nothing of 32"),
         ({"resume": True, "overwrite": True}, "choose one"),
         ({"result": "mkv"}, "set frame_rate"),

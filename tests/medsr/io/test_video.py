@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -80,6 +81,24 @@ def test_mp4_keeps_the_colours_nearly(tmp_path):
     assert 255 * away.max() < 5
 
 
+def test_colours_are_read_without_a_bias(tmp_path):
+    image = np.repeat(np.random.default_rng(1).uniform(0.2, 0.8, (3, 16, 24)), 2, 1).repeat(2, 2)
+    path = encode(tmp_path / "a.mkv", [image.astype(np.float32)], "ffv1", "yuv420p")
+    with av.open(str(path)) as container:
+        (frame,) = container.decode(video=0)
+    luma, blue, red = (
+        np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width].astype(float)
+        for plane in frame.planes
+    )
+    blue, red = (np.repeat(np.repeat(plane - 128, 2, 0), 2, 1) * 255 / 224 for plane in (blue, red))
+    grey = (luma - 16) * 255 / 219
+    # BT.601, which a file of no name is taken to have.
+    exact = [grey + 1.402 * red, grey - 0.344136 * blue - 0.714136 * red, grey + 1.772 * blue]
+    (found,) = read_frames(path)
+    bias = (255 * found.values - np.stack(exact)).mean((1, 2))
+    assert np.abs(bias).max() < 0.3
+
+
 def test_grey_becomes_three_equal_channels(tmp_path):
     grey = frames(2)[0][:1]
     (found,) = read_frames(save(tmp_path / "a.mkv", [grey]))
@@ -114,6 +133,32 @@ def test_more_than_eight_bits_are_told(tmp_path):
     assert "10 bits" in read_video_header(path).notes[0]
 
 
+def test_a_video_that_is_to_be_shown_turned_is_refused(tmp_path):
+    path = save(tmp_path / "a.mp4", frames(2))
+    content = path.read_bytes()
+    upright, turned = (
+        struct.pack(">9i", a, b, 0, -b, a, 0, 0, 0, 1 << 30) for a, b in ((1 << 16, 0), (0, 1 << 16))
+    )
+    track = content.index(b"tkhd")
+    assert upright in content[track:]
+    path.write_bytes(content[:track] + content[track:].replace(upright, turned, 1))
+    with pytest.raises(DataError, match=r"a\.mp4: the video is to be shown turned by -90 degrees"):
+        next(read_frames(path))
+
+
+def test_pixels_that_are_not_square_are_told(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        for frame in (av.VideoFrame(SIZE[1], SIZE[0], "yuv420p"), None):
+            container.mux(stream.encode(frame))
+    assert read_video_header(path).notes == (
+        "the pixels are 2 times as wide as high; a result does not say so",
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "expected"), [("a.MOV", True), ("a.h264", True), ("a.png", False), ("mp4", False)]
 )
@@ -133,6 +178,16 @@ def test_a_truncated_video_gives_its_frames_and_then_says_so(tmp_path):
         found.extend(one.values for one in reader)
     assert 1 < len(found) < 5
     assert all(np.array_equal(one, image) for one, image in zip(found, frames(), strict=False))
+
+
+def test_a_video_cut_before_its_first_frame_is_no_crash(tmp_path):
+    path = encode(tmp_path / "a.mkv", frames(), "libx264", "yuv420p")
+    content = path.read_bytes()
+    # Where the header ends and no frame is whole, FFmpeg knows no pixel format.
+    for end in range(400, len(content) // 2, 97):
+        path.write_bytes(content[:end])
+        with pytest.raises(DataError, match=r"^a\.mkv: "):
+            list(read_frames(path))
 
 
 def test_damage_inside_a_video_ends_it(tmp_path):
