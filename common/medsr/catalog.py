@@ -28,6 +28,7 @@ __all__ = [
     "list_bundles",
     "overrides_in",
     "read_settings",
+    "refuse_unclear",
     "refuse_unknown",
     "unknown_settings",
     "verify_weights",
@@ -46,6 +47,9 @@ _MISREAD = {
     "null": ("would be read as a word", "'$None'"),
     "None": ("would change nothing", "'$None'"),
 }
+# What it makes of the words for true and false; "true" stays a word, which counts as true.
+_SWITCHED = {"True": True, "true": True, "False": False}
+_PATH_SETTINGS = ("_dir", "weights")
 
 _RUNNER_OPTIONS = frozenset({*_RUNNER_POSITIONS, "args_file", "workflow_name", "workflow_type"})
 
@@ -102,7 +106,7 @@ def bundle_root(name: str) -> Path:
     """Folder of the bundle called ``name``.
 
     A config asks this for its own root. If the process was started with a config file of a copy of that
-    bundle, the copy wins: it must use the weights that lie beside it and not those of the original.
+    bundle, renamed or not, the copy wins: it must use the weights that lie beside it and not those of the original.
 
     Args:
         name: folder name of the bundle, for example ``mri_rehrseg_superres``.
@@ -112,7 +116,7 @@ def bundle_root(name: str) -> Path:
     """
     for file in overrides_in(sys.argv)[0]:
         configs = file.absolute().parent
-        if configs.name == "configs" and configs.parent.name == name:
+        if configs.name == "configs" and (configs.parent.name == name or _is_of_copy(file, name)):
             return configs.parent.resolve()
     folder = bundles_folder()
     root = folder / name
@@ -181,6 +185,28 @@ def refuse_unknown(given: Iterable[str], config_files: Sequence[str | Path]) -> 
         raise SettingError(f"no such setting in {names}: {', '.join(each)}")
 
 
+def refuse_unclear(given: Mapping[str, object], config_files: Sequence[str | Path]) -> None:
+    """Raise if a setting that is true or false in the config is to become something else.
+
+    Any word and any number but 0 counts as true: ``--set overwrite=no`` would overwrite. Expressions pass.
+
+    Args:
+        given: values by id.
+        config_files: JSON config files in the order in which MONAI merges them.
+
+    Raises:
+        SettingError: naming the first such setting.
+    """
+    merged = _merged(config_files)
+    for name, value in given.items():
+        if (
+            isinstance(_item(merged, _path_of(name)), bool)
+            and not isinstance(value, bool)
+            and not _is_expression(value)
+        ):
+            raise SettingError(f"{name} must be true or false, got {value!r}")
+
+
 def overrides_in(argv: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     """Config files and overrides of a ``python -m monai.bundle run`` command line.
 
@@ -210,7 +236,8 @@ def overrides_in(argv: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
 def check_overrides(argv: Sequence[str] | None = None) -> None:
     """Refuse a misspelt override on the command line of a bundle run; do nothing for any other process.
 
-    So is ``false``, ``null`` or ``None`` as a value, none of which means there what it says.
+    So are values that do not mean there what they say: ``false``, ``null``, ``None``, paths that look like numbers or
+    hold a ``#``, and words for settings that are true or false.
     Bundles call this as the first step of ``run``. YAML configs are not checked: the standard library cannot
     read them.
 
@@ -218,8 +245,7 @@ def check_overrides(argv: Sequence[str] | None = None) -> None:
         argv: command line; default ``sys.argv``.
 
     Raises:
-        SettingError: if an override names a setting that no config file has, or says ``false``, ``null`` or
-            ``None``.
+        SettingError: if an override names a setting that no config file has, or has such a value.
 
     Example:
         >>> check_overrides(["pytest", "--output_dri", "x"])
@@ -229,10 +255,14 @@ def check_overrides(argv: Sequence[str] | None = None) -> None:
     if not files or any(file.suffix.lower() != ".json" for file in files):
         return
     refuse_unknown(overrides, files)
-    for key, value in _options(_runner_words(argv) or []).items():
+    typed = _options(_runner_words(argv) or [])
+    for key, value in typed.items():
         if value in _MISREAD:
             what, instead = _MISREAD[value]
             raise SettingError(f"--{key} {value} {what}; write {instead}")
+        if key.endswith(_PATH_SETTINGS) and not _is_expression(value):
+            _refuse_no_path(key, value)
+    refuse_unclear({key: _SWITCHED.get(value, value) for key, value in typed.items()}, files)
 
 
 def weights_digest(root: str | Path, file: str = "models/model.pt") -> str:
@@ -288,6 +318,13 @@ def verify_weights(root: str | Path, file: str = "models/model.pt") -> Path:
             "restore it, or update SHA256SUMS if you trained it"
         )
     return root / file
+
+
+def _is_of_copy(config: Path, name: str) -> bool:
+    """Whether a config of a bundle in a folder of another name calls its root by this name."""
+    if config.suffix.lower() != ".json" or not (config.parent / "metadata.json").is_file():
+        return False
+    return f"bundle_root('{name}')" in str(_read_json(config).get("bundle_root"))
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -397,6 +434,23 @@ def _nearest_to(name: str, config: Mapping[str, Any]) -> str | None:
                 return None
             return "::".join([*path[:depth], near[0]]) if near else ""
     return None
+
+
+def _is_expression(value: object) -> bool:
+    """Whether MONAI evaluates or follows a value instead of taking it as it is."""
+    return isinstance(value, str) and value.startswith(("$", "@", "%"))
+
+
+def _refuse_no_path(key: str, value: str) -> None:
+    # python-fire cuts a plain word at '#', and MONAI takes the sign for its own separator.
+    if "#" in value:
+        raise SettingError(f"--{key} {value}: MONAI cannot handle '#' in a path; rename the folder or file")
+    try:
+        number = isinstance(ast.literal_eval(value), (int, float, complex))
+    except (ValueError, SyntaxError):
+        return
+    if number:
+        raise SettingError(f"--{key} {value} would not be read as a path; write ./{value}")
 
 
 def _hint(word: str, known: Sequence[str]) -> str:

@@ -47,6 +47,9 @@ _CONVERTERS = {
 # Where the function is that makes a labelled folder of such a data set.
 _DATA_SETS = {"endovis17": ("medsr.io.endovis17", "prepare_endovis17")}
 
+# MONAI's own command line wants these, and as text they would all count as true.
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+
 # What a DataLoader's worker process sends of an error is the text of its traceback.
 _OURS = re.compile(r"^medsr\.errors\.(\w+): (.+)$", re.MULTILINE)
 _ORIGINAL = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*([\w.]+)(?:: (.*))?")
@@ -103,8 +106,10 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", parents=[common], help="run a bundle on files or folders")
     run.add_argument("bundle", metavar="BUNDLE", help="name from 'medsr list', or the folder of a bundle")
-    run.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="images, folders or DICOM series")
-    run.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="folder for the results")
+    run.add_argument("inputs", metavar="INPUT", nargs="+", type=_path, help="images, folders or DICOM series")
+    run.add_argument(
+        "-o", "--output", metavar="OUT", type=_path, required=True, help="folder for the results"
+    )
     run.add_argument(
         "--config",
         metavar="FILE",
@@ -186,6 +191,7 @@ def _run(arguments: argparse.Namespace) -> None:
     configs = [_config(root, name) for name in arguments.config]
     overrides = _overrides(arguments, root, configs)
     catalog.refuse_unknown(overrides, configs)
+    catalog.refuse_unclear(overrides, configs)
     if arguments.quiet:
         # The bundle's logging.conf would turn the messages on again.
         overrides["logging_file"] = False
@@ -195,7 +201,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
         run(config_file=files[0] if len(files) == 1 else files, **overrides)
     if not arguments.quiet:
-        print(f"medsr: results are in {arguments.output}")
+        moved = overrides["output_dir"] != _safe(arguments.output)
+        print(f"medsr: results are in {overrides['output_dir'] if moved else arguments.output}")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -218,6 +225,8 @@ def _convert_weights(arguments: argparse.Namespace) -> None:
 
         module, function = _CONVERTERS[arguments.kind]
         state = getattr(import_module(module), function)(arguments.source)
+    if arguments.output.exists() and arguments.output.samefile(arguments.source):
+        raise OutputError(f"{arguments.output}: is the source itself; choose another name for the output")
     unfinished = arguments.output.with_name(f".{arguments.output.name}.partial")
     try:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -270,26 +279,40 @@ def _overrides(arguments: argparse.Namespace, root: Path, configs: Sequence[Path
     }
     if not catalog.unknown_settings(["bundle_root"], configs):
         # Explicit, because the config would look for its root by name, and this may be another copy.
-        overrides["bundle_root"] = str(root)
+        overrides["bundle_root"] = _safe(root)
     for setting in arguments.settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise SettingError(f"--set takes KEY=VALUE, got {setting!r}")
         try:
-            overrides[key] = json.loads(value)
+            found = json.loads(value)
         except ValueError:
-            overrides[key] = value
+            found = _PYTHON_WORDS.get(value, value)
+        # MONAI drops None and would keep what is in the config.
+        overrides[key] = "$None" if found is None else found
     return overrides
 
 
+def _path(text: str) -> Path:
+    # As an unset variable of a shell would leave it; Path takes it for the current folder.
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 def _input(path: Path) -> str:
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file or folder")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file or folder") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     return _safe(path)
 
 
 def _safe(path: Path) -> str:
-    text = str(path.resolve())
+    # Links are not followed: a case is named, and has its sidecar, where the user calls it.
+    text = str(path.absolute())
     # MONAI reads '#' in any string as its separator and would look for another folder.
     if "#" in text:
         raise DataError(f"{path}: MONAI cannot handle '#' in a path; rename the folder or file")

@@ -30,6 +30,8 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float64]
 
+_MOST_SLICES = 32767  # The longest axis that NIfTI-1 can hold.
+
 RATIO_LIMIT = 1.2
 """Below this ratio of slice spacing to in-plane spacing a volume counts as isotropic already."""
 
@@ -131,13 +133,27 @@ def rescaled_size(size: int, ratio: float) -> int:
     The ratio is first rounded to three decimals, so that spacings such as 3.000016 mm / 0.9 mm do not decide
     about a slice. Halves round up.
 
+    Args:
+        size: number of old slices.
+        ratio: old spacing divided by new spacing.
+
+    Raises:
+        GeometryError: if they are not positive, or the result is longer than any file can hold.
+
     Example:
         >>> rescaled_size(40, 4.0), rescaled_size(11, 3.5)
         (160, 39)
     """
     if size < 1 or not np.isfinite(ratio) or ratio <= 0:
         raise GeometryError(f"size must be >= 1 and ratio > 0, got size {size} and ratio {ratio}")
-    return max(1, int(np.floor(size * round(float(ratio), 3) + 0.5)))
+    slices = size * round(float(ratio), 3)
+    if slices > _MOST_SLICES:
+        # A slip in a unit would otherwise compute for hours, or fill the memory.
+        raise GeometryError(
+            f"{size} slices would become {slices:.6g} at ratio {ratio:g}, above the {_MOST_SLICES} that NIfTI can "
+            "hold; check voxel sizes and target_spacing_mm"
+        )
+    return max(1, int(np.floor(slices + 0.5)))
 
 
 def slice_positions(size: int, new_size: int, ratio: float | None = None) -> FloatArray:

@@ -15,6 +15,7 @@ TRAIN = {
     "bundle_root": "x",
     "output_dir": "$@bundle_root + '/eval'",
     "nothing": None,
+    "overwrite": False,
     "network_def": {"_target_": "UNet", "channels": [8, 16]},
     "train": {"trainer": {"_target_": "Trainer", "max_epochs": 10}, "handlers": [{"_target_": "Stats"}]},
 }
@@ -116,6 +117,19 @@ def test_a_copied_bundle_uses_its_own_weights(
         sys, "argv", ["/x/monai/bundle/__main__.py", "run", "--config_file=configs/inference.json"]
     )
     assert catalog.bundle_root("mri_superres") == copy.resolve()
+
+
+def test_a_copy_of_another_name_uses_its_own_weights_too(
+    bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_bundle(tmp_path / "elsewhere", "mine") / "configs" / "inference.json"
+    monkeypatch.setattr(sys, "argv", [*RUN, "--config_file", str(config)])
+    assert catalog.bundle_root("mri_superres") == bundles / "mri_superres"
+    config.write_text(json.dumps({"bundle_root": "$str(catalog.bundle_root('mri_superres'))"}))
+    assert catalog.bundle_root("mri_superres") == config.parents[1].resolve()
+    assert catalog.bundle_root("image_superres") == bundles / "image_superres"
+    (config.parent / "metadata.json").unlink()
+    assert catalog.bundle_root("mri_superres") == bundles / "mri_superres"
 
 
 @pytest.mark.parametrize(
@@ -277,9 +291,42 @@ def test_words_that_mean_something_else_are_refused(
     bundles: Path, word: str, advice: str, instead: str
 ) -> None:
     config = str(bundles / "mri_superres" / "configs" / "train.json")
-    with pytest.raises(SettingError, match=f"--output_dir {word} {advice}"):
-        catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", word])
-    catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", instead])
+    with pytest.raises(SettingError, match=f"--nothing {word} {advice}"):
+        catalog.check_overrides([*RUN, "--config_file", config, "--nothing", word])
+    catalog.check_overrides([*RUN, "--config_file", config, "--nothing", instead])
+
+
+@pytest.mark.parametrize("word", ["no", "0", "off", "", "faLse"])
+def test_what_is_true_or_false_is_no_word(bundles: Path, word: str) -> None:
+    config = str(bundles / "mri_superres" / "configs" / "train.json")
+    with pytest.raises(SettingError, match=f"overwrite must be true or false, got '{word}'"):
+        catalog.check_overrides([*RUN, "--config_file", config, f"--overwrite={word}"])
+
+
+@pytest.mark.parametrize(
+    "words", [["--overwrite", "true"], ["--overwrite", "False"], ["--overwrite"], ["--overwrite=$1 > 2"]]
+)
+def test_what_is_true_or_false_can_be_set(bundles: Path, words: list[str]) -> None:
+    config = str(bundles / "mri_superres" / "configs" / "train.json")
+    catalog.check_overrides([*RUN, "--config_file", config, *words])
+
+
+@pytest.mark.parametrize("path", ["2024", "2024_05", "1e3", "True"])
+def test_a_path_that_would_become_a_number_is_refused(bundles: Path, path: str) -> None:
+    config = str(bundles / "mri_superres" / "configs" / "train.json")
+    with pytest.raises(
+        SettingError, match=f"--output_dir {path} would not be read as a path; write ./{path}"
+    ):
+        catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", path])
+    for kept in (f"./{path}", "2024-05-03", "0042", "['a', 'b']"):
+        catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", kept])
+
+
+def test_a_path_that_monai_would_change_is_refused(bundles: Path) -> None:
+    config = str(bundles / "mri_superres" / "configs" / "train.json")
+    with pytest.raises(SettingError, match="MONAI cannot handle '#' in a path"):
+        catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", "/data/case#1"])
+    catalog.check_overrides([*RUN, "--config_file", config, "--output_dir", "$@train#folder"])
 
 
 def test_other_processes_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:

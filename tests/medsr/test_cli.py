@@ -43,6 +43,7 @@ def make_bundle(folder: Path, name: str, run: Any) -> Path:
         "output_dir": "out",
         "output_file": str(folder / "record.json"),
         "level": 1,
+        "quick": False,
         "scale": [1, 1, 4],
         "network_def": {"_target_": "UNet"},
         "run": run,
@@ -133,6 +134,40 @@ def test_text_settings_need_no_quotes(folder: Path) -> None:
     assert json.loads((folder / "record.json").read_text())[1:3] == ["a=b", "high"]
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"), [("null", None), ("None", None), ("False", False), ("true", True), ("x", "x")]
+)
+def test_words_mean_what_they_say(folder: Path, text: str, meant: object) -> None:
+    """MONAI would drop None, and take the word False for true."""
+    assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", "--set", f"level={text}"]) == 0
+    level = json.loads((folder / "record.json").read_text())[2]
+    assert (type(level), level) == (type(meant), meant)
+
+
+def test_an_input_is_called_as_the_user_calls_it(folder: Path) -> None:
+    """In a data store the link has the name, the sidecar and the suffix, and the file is named by its hash."""
+    (folder / "link.nii.gz").symlink_to("scan.nii.gz")
+    assert cli.main(["run", "mri_superres", "link.nii.gz", "-o", "out"]) == 0
+    assert json.loads((folder / "record.json").read_text())[0] == str(folder / "link.nii.gz")
+
+
+def test_the_last_line_names_the_folder_that_was_set(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", "--set", "output_dir=other"]) == 0
+    assert "results are in other" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["", "-o", "out"], ["scan.nii.gz", "-o", ""]])
+def test_an_empty_name_is_not_the_current_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "mri_superres", *words])
+    assert stop.value.code == 2
+    assert "the name is empty" in capsys.readouterr().err
+
+
 def test_nothing_global_is_left_behind(folder: Path) -> None:
     before = (logging.getLogger().level, logging.getLogRecordFactory(), warnings.filters[:])
     assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", "--quiet"]) == 0
@@ -147,6 +182,9 @@ def test_nothing_global_is_left_behind(folder: Path) -> None:
         (["scan.nii.gz", "--config", "train.json"], 4, "there are inference.json, overlay.json"),
         (["missing.nii.gz"], 2, "missing.nii.gz: there is no such file"),
         (["case#1"], 2, "'#'"),
+        (["n" * 300], 2, "cannot be read (File name too long)"),
+        (["scan.nii.gz", "--set", "quick=no"], 4, "quick must be true or false, got 'no'"),
+        (["scan.nii.gz", "--set", "quick=0"], 4, "quick must be true or false, got 0"),
     ],
 )
 def test_faults_are_found_before_anything_runs(
@@ -161,6 +199,14 @@ def test_faults_are_found_before_anything_runs(
 def test_a_folder_without_a_bundle_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "./nothing", "scan.nii.gz", "-o", "out"]) == 4
     assert "not a bundle" in one_line(capsys)
+
+
+def test_a_bundle_in_a_folder_that_monai_would_change_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bundle(folder / "number#1", "mri_superres", [RECORD])
+    assert cli.main(["run", "number#1/mri_superres", "scan.nii.gz", "-o", "out"]) == 2
+    assert "MONAI cannot handle '#' in a path" in one_line(capsys)
 
 
 RAISE = "$(_ for _ in ()).throw("
@@ -277,6 +323,9 @@ def test_convert_writes_weights_whole(
     assert "missing.pth" in one_line(capsys)
     assert cli.main(["convert", kind, "scan.nii.gz", "-o", "scan.nii.gz/x.pt"]) == 5
     assert "cannot be written" in one_line(capsys)
+    assert cli.main(["convert", kind, "scan.nii.gz", "-o", "./scan.nii.gz"]) == 5
+    assert "is the source itself" in one_line(capsys)
+    assert (folder / "scan.nii.gz").read_bytes() == b""
 
 
 def test_convert_knows_fmen_by_its_tensors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

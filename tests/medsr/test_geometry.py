@@ -207,6 +207,13 @@ def test_sizes_and_ratios_that_mean_nothing_are_refused(size: int, ratio: float)
         rescaled_size(size, ratio)
 
 
+@pytest.mark.parametrize(("size", "ratio"), [(10, 4000.0), (30, 1e30)])
+def test_more_slices_than_a_file_can_hold_are_refused(size: int, ratio: float) -> None:
+    assert rescaled_size(10, 3276.7) == 32767
+    with pytest.raises(GeometryError, match="above the 32767 that NIfTI can hold"):
+        rescaled_size(size, ratio)
+
+
 @pytest.mark.parametrize("order", PERMUTATIONS)
 @pytest.mark.parametrize("signs", FLIPS)
 def test_all_orientations_and_flips(order: tuple[int, ...], signs: tuple[float, ...]) -> None:

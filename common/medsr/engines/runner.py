@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from medsr import catalog
-from medsr.errors import DataError, MedsrError, WeightsError
+from medsr.errors import DataError, MedsrError, OutputError, WeightsError
 from medsr.geometry import slice_axis
 from medsr.handlers.case_output import CaseOutput
 from medsr.io.cases import find_cases, inspect_case
@@ -133,6 +133,10 @@ def preflight(
     """
     if not dataset_dir:
         raise DataError("no input: set --dataset_dir to a file, a folder of files or a DICOM series folder")
+    if not str(output_dir):
+        # It would be the current folder.
+        raise OutputError("no output: set --output_dir to the folder for the results")
+    _refuse_same_folder([dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir, output_dir)
     cases = find(dataset_dir)
     probe_folder(output_dir)
     if output is not None:
@@ -152,6 +156,17 @@ def preflight(
             raise DataError(f"none of the {len(cases)} cases can be used; the first reason: {reasons[0]}")
         raise reasons[0]
     return len(cases) - len(reasons)
+
+
+def _refuse_same_folder(inputs: Sequence[str | Path], output_dir: str | Path) -> None:
+    """Refuse to write results among the inputs: the next run would take them for inputs."""
+    output = Path(output_dir).expanduser().absolute()
+    for one in inputs:
+        if Path(one).is_dir() and output.is_dir() and output.samefile(one):
+            raise OutputError(
+                f"{output.name}: the results would lie among the inputs, and be inputs of the next run; "
+                "set another output folder"
+            )
 
 
 def preflight_images(dataset_dir: str | Sequence[str], output_dir: str | Path, **checks: Any) -> int:
@@ -185,6 +200,8 @@ def check_weights(path: str | Path, network: nn.Module) -> None:
 
     A digest in ``SHA256SUMS`` beside the file is compared: one flipped bit loads without a complaint.
     """
+    if not str(path):
+        raise WeightsError("no weights: set --weights to a file that was trained for this network")
     file = Path(path)
     if not file.is_file():
         raise WeightsError(f"{file.name}: no such weight file; set --weights or reinstall the bundle")

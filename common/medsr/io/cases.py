@@ -85,6 +85,8 @@ def collect_cases(
         name = case_name(path, suffixes=suffixes)
         # Case-insensitive file systems would let a.nii and A.nii share one output.
         other = seen.setdefault(name.casefold(), path)
+        if other is not path and other.absolute() == path.absolute():
+            raise DataError(f"{path.name}: given twice")
         if other is not path:
             raise DataError(
                 f"{other.name} and {path.name} have the same case name {name}; rename one of them"
@@ -111,12 +113,13 @@ def list_folder(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     name = folder.name or folder.resolve().name
     try:
         children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+        found = [child for child in children if wanted(child)]
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror})") from None
     root = folder.resolve()
-    found = [child for child in children if wanted(child)]
     for child in found:
-        if child.is_symlink() and root not in child.resolve().parents:
+        # Path.resolve() raises for a loop of links on Python below 3.13.
+        if child.is_symlink() and root not in Path(os.path.realpath(child)).parents:
             raise DataError(
                 f"{child.name}: a link that leaves the folder {name}; name the file itself instead"
             )
@@ -187,7 +190,7 @@ def case_name(path: PathLike, *, suffixes: Sequence[str] = _SUFFIXES) -> str:
         'T1_weighted'
     """
     path = Path(path)
-    name = path.name or path.resolve().name
+    name = _name(path)
     suffix = _suffix(path, suffixes)
     if suffix:
         name = name[: -len(suffix)]
@@ -241,22 +244,37 @@ def _suffix(path: Path, suffixes: Sequence[str] = _SUFFIXES) -> str:
     return next((s for s in suffixes if path.name.lower().endswith(s)), "")
 
 
+def _is_series(folder: Path, *, unreadable: bool) -> bool:
+    """Whether a folder is a DICOM series, or the given answer if it cannot be read."""
+    try:
+        return is_dicom_series(folder)
+    except (OSError, DataError):
+        return unreadable
+
+
+def _name(path: Path) -> str:
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
 def _expand(path: Path) -> list[Path]:
     """The images that one path names."""
-    name = path.name or path.resolve().name
-    if not path.exists():
-        raise DataError(f"{name}: no such file or folder")
+    name = _name(path)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such file or folder") from None
+    except OSError as error:
+        raise DataError(f"{name[:_NAME_LIMIT]}: cannot be read ({error.strerror})") from None
     if not path.is_dir():
         if not _suffix(path):
             raise DataError(f"{name}: not a NIfTI file; a DICOM series is given by its folder")
         return [path]
+    # A broken link and a folder that cannot be looked into are cases: they fail with their reason, and others go on.
     found = list_folder(
         path,
-        lambda child: (
-            (child.is_file() and bool(_suffix(child))) or (child.is_dir() and is_dicom_series(child))
-        ),
+        lambda child: _is_series(child, unreadable=True) if child.is_dir() else bool(_suffix(child)),
     )
-    if is_dicom_series(path):
+    if _is_series(path, unreadable=not found):
         if found:
             raise DataError(
                 f"{name}: holds DICOM images beside other cases ({found[0].name}); give one of them"

@@ -205,7 +205,11 @@ def _scan(folder: Path) -> tuple[list[_Image], list[str]]:
     root = folder.resolve()
     images: list[_Image] = []
     skipped = others = 0
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror})") from None
+    for path in paths:
         if path.is_dir():
             continue
         if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
@@ -371,7 +375,11 @@ def _refuse_unreadable_pixels(image: _Image, dataset: Any, stopped: int) -> None
     from pydicom.pixels import get_decoder
 
     name, syntax = image.path.name, _syntax(dataset)
-    if syntax.is_compressed and not syntax.is_deflated:
+    try:
+        encapsulated = syntax.is_compressed and not syntax.is_deflated
+    except ValueError:
+        raise DataError(f"{name}: unknown transfer syntax {syntax}; convert the series") from None
+    if encapsulated:
         try:
             available = get_decoder(syntax).is_available
         except NotImplementedError:
@@ -456,7 +464,7 @@ def _one_series(images: list[_Image], series_uid: str | None, name: str) -> list
         return [image for image in images if image.series == matching[0]]
     if len(counts) > 1:
         raise GeometryError(
-            f"{name}: {len(counts)} series in one folder ({_list(counts)}); select one by series_uid"
+            f"{name}: {len(counts)} series in one folder ({_list(counts)}); put each into a folder of its own"
         )
     return images
 

@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -280,10 +280,10 @@ def _sniff(path: Path) -> int:
     lower = name.lower()
     if not lower.endswith((".nii", ".nii.gz")):
         raise DataError(f"{name}: not a NIfTI file name; expected .nii or .nii.gz")
-    if not path.exists():
-        raise DataError(f"{name}: no such file")
     if not path.is_file():
-        raise DataError(f"{name}: not a file")
+        if path.is_symlink() and not path.exists():
+            raise DataError(f"{name}: a link to a file that is not there")
+        raise DataError(f"{name}: {'not a file' if path.exists() else 'no such file'}")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -390,7 +390,7 @@ def _affine(raw: Any, name: str, notes: list[str]) -> FloatArray:
     sform_code, qform_code = int(raw["sform_code"]), int(raw["qform_code"])
     qform = _qform(raw) if qform_code > 0 else None
     if sform_code > 0:
-        affine = validate_affine(raw.get_sform(), name=f"{name} (sform)")
+        affine = validate_affine(raw.get_sform(), name=f"{name}: sform")
         if qform_code > 0:
             distance = np.inf if qform is None else _distance(affine, qform, raw.get_data_shape()[:3])
             if not distance <= 1e-3:
@@ -405,7 +405,7 @@ def _affine(raw: Any, name: str, notes: list[str]) -> FloatArray:
             raise GeometryError(
                 f"{name}: the qform is not a rotation and there is no sform; repair the header first"
             )
-        affine = validate_affine(qform, name=f"{name} (qform)")
+        affine = validate_affine(qform, name=f"{name}: qform")
     else:
         affine = validate_affine(raw.get_base_affine(), name=name)
         notes.append(
@@ -448,7 +448,8 @@ def _sidecar(path: Path, affine: FloatArray, notes: list[str]) -> float | None:
     try:
         if sidecar.stat().st_size > _SIDECAR_LIMIT:
             raise ValueError
-        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        # Windows programs put a byte order mark before UTF-8.
+        content = json.loads(sidecar.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict):
             raise TypeError
     except (OSError, ValueError, TypeError, RecursionError):
@@ -469,7 +470,10 @@ def _sidecar(path: Path, affine: FloatArray, notes: list[str]) -> float | None:
 def _positive(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if np.isfinite(value) and value > 0 else None
+    # JSON has integers without end, which no float can hold.
+    with suppress(OverflowError):
+        return float(value) if 0 < float(value) < np.inf else None
+    return None
 
 
 def _millimetres(values: npt.ArrayLike) -> str:

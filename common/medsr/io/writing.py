@@ -192,7 +192,8 @@ def write_json(path: PathLike, content: Any) -> Path:
             f"{final.name}: not expressible in JSON ({type(error).__name__}); nothing was saved"
         ) from None
     with atomic_path(final) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A file name that is not UTF-8 holds lone surrogates; JSON has escapes for them.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return final
 
 

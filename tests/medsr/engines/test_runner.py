@@ -120,6 +120,21 @@ def test_no_input_says_what_to_set(nothing, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_output_is_not_the_current_folder(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, line = failure(capsys, preflight, str(data), "")
+    assert code == OutputError.exit_code
+    assert "--output_dir" in line
+
+
+def test_results_do_not_lie_among_the_inputs(data, capsys):
+    before = sorted(data.iterdir())
+    with pytest.raises(SystemExit):
+        preflight(str(data), data / ".." / data.name)
+    assert "inputs of the next run" in capsys.readouterr().err
+    assert sorted(data.iterdir()) == before
+
+
 def test_a_missing_input_is_named(tmp_path, capsys):
     code, line = failure(capsys, preflight, str(tmp_path / "absent"), tmp_path / "out")
     assert code == DataError.exit_code
@@ -214,6 +229,12 @@ def test_one_flipped_bit_elsewhere_is_noticed_too(tmp_path, capsys, place):
 def test_weights_without_a_list_of_digests_are_accepted(tmp_path):
     torch.save(network().state_dict(), tmp_path / "own.pt")
     check_weights(tmp_path / "own.pt", network())
+
+
+def test_no_weight_file_says_what_to_set(capsys):
+    code, line = failure(capsys, check_weights, "", network())
+    assert code == WeightsError.exit_code
+    assert "--weights" in line
 
 
 def test_a_weight_file_that_is_missing(tmp_path, capsys):

@@ -52,7 +52,7 @@ def test_one_name_for_two_inputs(nifti, tmp_path):
     nifti(name="a.nii")
     nifti(name="a.nii.gz")
     refused(tmp_path, r"a.nii and a.nii.gz have the same case name a")
-    refused([tmp_path / "a.nii", tmp_path / "a.nii"], "same case name")
+    refused([tmp_path / "a.nii", tmp_path / "a.nii"], "a.nii: given twice")
     nifti(name="B c.nii")
     nifti(name="b_c.nii")
     refused([tmp_path / "B c.nii", tmp_path / "b_c.nii"], "same case name")
@@ -76,6 +76,44 @@ def test_links_that_leave_the_folder(nifti, series, tmp_path):
     refused(inner, "leaves the folder")
 
 
+def test_a_broken_link_is_a_case_that_fails(nifti, tmp_path):
+    nifti(name="a.nii")
+    (tmp_path / "fetched_not.nii.gz").symlink_to("store/key")
+    (tmp_path / "loop.nii").symlink_to("loop.nii")
+    assert names(tmp_path) == ["a", "fetched_not", "loop"]
+    for name in ("fetched_not.nii.gz", "loop.nii"):
+        with pytest.raises(DataError, match="a link to a file that is not there"):
+            inspect_case(tmp_path / name)
+
+
+def test_what_cannot_be_read_is_a_case_that_fails(nifti, series, tmp_path, monkeypatch):
+    nifti(name="a.nii")
+    (tmp_path / "notes.txt").write_text("x" * 200)
+    folder = series(name="secret")
+    opened, listed = Path.open, Path.iterdir
+
+    def forbidden(path, *args, **settings):
+        if path.name == "notes.txt" or path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **settings)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert names(tmp_path) == ["a", "secret"]
+    with pytest.raises(DataError, match="cannot be read"):
+        inspect_case(folder)
+
+    def unlisted(path):
+        if path == folder:
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", unlisted)
+    assert names(tmp_path) == ["a", "secret"]
+    with pytest.raises(DataError, match="secret: cannot be read"):
+        inspect_case(folder)
+    refused("n" * 300, "cannot be read")
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -94,6 +132,13 @@ def test_case_names_are_safe(name):
     safe = case_name(Path(name))
     assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", safe)
     assert safe.casefold() not in ("con", "nul")
+
+
+def test_the_folder_above_has_its_own_name(series, tmp_path, monkeypatch):
+    folder = series(name="t2")
+    (folder / "inner").mkdir()
+    monkeypatch.chdir(folder / "inner")
+    assert names("..") == ["t2"]
 
 
 def test_dispatch(nifti, series, expected_law):

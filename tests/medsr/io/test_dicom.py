@@ -139,7 +139,7 @@ def test_gantry_tilt(series):
 def test_two_series(series, volume, expected_affine):
     folder = series()
     series(uid=OTHER, prefix="other", count=7)
-    message = refused(folder, "2 series in one folder")
+    message = refused(folder, "2 series in one folder.*put each into a folder of its own")
     assert "...111111: 12 images" in message
     assert "...222222: 7 images" in message
     accepted(folder, volume, expected_affine(), series_uid="1.2.3.111111")
@@ -394,6 +394,14 @@ def test_missing_decoder_names_the_transfer_syntax(series):
 
     with pytest.raises(DataError, match="no decoder for the transfer syntax MPEG2"):
         read_series_header(series(edit))
+
+
+def test_an_unknown_transfer_syntax_is_named(series):
+    folder = series()
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.9\0"))
+    with pytest.raises(DataError, match=r"unknown transfer syntax 1\.2\.840\.10008\.1\.2\.9"):
+        read_series_header(folder)
 
 
 @pytest.mark.parametrize("implicit", [True, False])

@@ -180,7 +180,11 @@ def test_refuses_impossible_voxel_sizes(nifti, value):
 
 @pytest.mark.parametrize(
     ("row", "fragment"),
-    [([np.nan, 0, 0, 0], "NaN"), ([0, 0, 0, 0], "singular"), ([1, 0.3, 0, 0], "not perpendicular")],
+    [
+        ([np.nan, 0, 0, 0], "vol.nii.gz: sform: .*NaN"),
+        ([0, 0, 0, 0], "singular"),
+        ([1, 0.3, 0, 0], "not perpendicular"),
+    ],
 )
 def test_refuses_a_broken_sform(nifti, row, fragment):
     def edit(header):
@@ -351,6 +355,10 @@ def test_takes_the_slice_thickness_from_the_sidecar(nifti):
     assert header.slice_thickness_mm is None
     assert "SpacingBetweenSlices 7 mm differs" in header.notes[0]
     assert "not a positive number" in header.notes[1]
+    sidecar.write_text(json.dumps({"SliceThickness": 10**400, "SpacingBetweenSlices": 10**400}))
+    assert "not a positive number" in read_nifti_header(path).notes[0]
+    sidecar.write_text(json.dumps({"SliceThickness": 2.5}), encoding="utf-8-sig")
+    assert read_nifti_header(path).slice_thickness_mm == 2.5
     for text in ("{", "[1]", "\udcff"):
         sidecar.write_bytes(text.encode("utf-8", "surrogateescape"))
         assert "sidecar cannot be read" in read_nifti_header(path).notes[0]

@@ -261,6 +261,12 @@ def test_json(tmp_path):
     assert listing(tmp_path) == ["a.json"]
 
 
+def test_json_of_a_name_that_is_not_utf_8(tmp_path):
+    content = {"input": os.fsdecode(b"M\xfcller.nii.gz"), "case": "é"}
+    path = write_json(tmp_path / "a.json", content)
+    assert json.loads(path.read_text(encoding="utf-8")) == content
+
+
 def test_figure(tmp_path):
     from matplotlib.figure import Figure
     from PIL import Image
