@@ -1,11 +1,15 @@
 """Memory and speed of the stereo network and of its exchange between the views, as ratios within one run.
 
     python -m benchmarks.speed.stereo_sr [--rounds 5] [--size 512 640] [--reference-rows 64] [--scale 2]
+        [--attention-size 256 320] [--only attention exchange network]
 
 The exchange (biPAM) is measured on features of the small pair, in float32 and on one thread. Its reference path holds
 all scores at once, 12 GB at the full size. Rows are independent of each other: the reference is given
 ``--reference-rows`` of them. Its memory is scaled to all rows; times of all paths are of these rows, so that nothing is
 scaled. ``--reference-rows 512`` takes all of them.
+
+Attention alone, from what is compared to the features that are brought, is measured against the formulation that was
+published as well, on the same rows and on a smaller pair: it holds more maps than the reference path, which is ours.
 
 The whole network is compared with its own convolutions, each run by itself on the same shapes and layouts: what no
 reordering of the rest could go below. Contestants are interleaved in random order and measured in process CPU time; the
@@ -24,10 +28,11 @@ import torch
 from medsr.inferers.precision import native_bfloat16
 from medsr.inferers.stereo_superres import StereoSuperResInferer
 from medsr.networks.layout import channels_last
-from medsr.networks.parallax import PARALLAX_PATHS, BiPAM
+from medsr.networks.parallax import PARALLAX_PATHS, BiPAM, ParallaxResult, parallax_attention
 from medsr.networks.segsrnet import SEGSRNet
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import interleaved, peak_of, print_ratio
@@ -37,6 +42,11 @@ FEATURES, LEVELS = 64, 4
 
 GOAL_MEMORY, GOAL_TIME = 1000.0, 1.5
 """MB that the exchange should take at most, and time of the network over that of its convolutions."""
+
+PUBLISHED, GOAL_ATTENTION = "published", 5.0
+"""Name of the published formulation beside our paths, and its time over that of the chunked path at least."""
+
+GROUPS = ("attention", "exchange", "network")
 
 
 def main() -> None:
@@ -50,18 +60,104 @@ def main() -> None:
         "--reference-rows", type=int, default=64, help="rows that the reference path is given"
     )
     parser.add_argument("--scale", type=int, default=2)
+    parser.add_argument(
+        "--attention-size", type=int, nargs=2, default=[256, 320], help="rows and columns for attention alone"
+    )
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS)
     arguments = parser.parse_args()
     print(
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}"
     )
     torch.set_num_threads(1)
     size, rows = tuple(arguments.size), min(arguments.reference_rows, arguments.size[0])
-    exchange_memory(size, reference_rows=rows)
-    exchange_times((rows, size[1]), arguments.rounds)
-    network_memory(size, arguments.scale)
-    torch.manual_seed(0)
-    network = channels_last(SEGSRNet(arguments.scale).eval())
-    network_times(network, torch.rand(1, network.in_channels, *size), arguments.rounds)
+    if "attention" in arguments.only:
+        for one in (tuple(arguments.attention_size), (rows, size[1])):
+            attention_memory(one)
+            attention_times(one, arguments.rounds)
+    if "exchange" in arguments.only:
+        exchange_memory(size, reference_rows=rows)
+        exchange_times((rows, size[1]), arguments.rounds)
+    if "network" in arguments.only:
+        network_memory(size, arguments.scale)
+        torch.manual_seed(0)
+        network = channels_last(SEGSRNet(arguments.scale).eval())
+        network_times(network, torch.rand(1, network.in_channels, *size), arguments.rounds)
+
+
+def published_attention(query: Tensor, key: Tensor, features: Tensor) -> ParallaxResult:
+    """Parallax attention as the publication computes it for inference, written from its equations.
+
+    Both maps are there in full. For the mask of either view the map is moved by each of five columns, the five are
+    stacked and added, and each pixel's row of the sum is multiplied with its column of the other map.
+
+    Args:
+        query: what is compared of the left views, ``(B, C, H, W)``.
+        key: what is compared of the right views, the same.
+        features: what is exchanged, the left views first, ``(2B, F, H, W)``.
+
+    Reference:
+        arXiv 2011.03802
+    """
+    batch, _, height, width = query.shape
+
+    def rows(x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).reshape(-1, width, x.shape[1])
+
+    scores = torch.bmm(rows(query), rows(key).transpose(1, 2))
+    to_left, to_right = scores.softmax(2), scores.transpose(1, 2).contiguous().softmax(2)
+    left, right = map(rows, features.chunk(2))
+    filled, valid = [], []
+    for to, back, own, other in ((to_left, to_right, left, right), (to_right, to_left, right, left)):
+        bordered = F.pad(to, (0, 0, 2, 2))
+        relaxed = torch.stack([bordered[:, shift : shift + width] for shift in range(5)]).sum(0)
+        agrees = torch.bmm(relaxed.reshape(-1, 1, width), back.transpose(1, 2).reshape(-1, width, 1))
+        mask = (5 * agrees).tanh().reshape(-1, width, 1)
+        filled.append(mask * torch.bmm(to, other) + (1 - mask) * own)
+        valid.append(mask)
+    return ParallaxResult(
+        *(torch.cat(one).unflatten(0, (2 * batch, height)).permute(0, 3, 1, 2) for one in (filled, valid))
+    )
+
+
+def attention_memory(size: Sequence[int]) -> dict[str, float]:
+    """Peak memory over the inputs of attention alone, each contestant in a process of its own, in MB."""
+    found = {}
+    for path in ("chunked", "reference", PUBLISHED):
+        peak = peak_of("benchmarks.speed.stereo_sr:attention", path, *size)
+        if peak is not None:
+            found[path] = peak * 2**20 / 1e6
+            print(f"attention, {size[0]} x {size[1]}: {path} takes {found[path]:.0f} MB over its inputs")
+    return found
+
+
+def attention(path: str, rows: int, columns: int, features: int = FEATURES) -> Callable[[], object]:
+    """Attention on features of a pair, warmed up; what :func:`attention_memory` measures."""
+    torch.set_num_threads(1)
+    run = _attention(path, (rows, columns), features)
+    _attention(path, (8, 16), features)()
+    return run
+
+
+def attention_times(size: Sequence[int], rounds: int, *, features: int = FEATURES) -> dict[str, np.ndarray]:
+    """Attention alone: the chunked path against the published formulation and our reference.
+
+    Args:
+        size: rows and columns of the features.
+        rounds: pairs for each ratio.
+        features: width of the network.
+    """
+    contestants = {path: _attention(path, size, features) for path in ("chunked", "reference", PUBLISHED)}
+    what = f"attention, {size[0]} x {size[1]}"
+    difference = float((contestants["chunked"]() - contestants[PUBLISHED]()).abs().max())
+    print(f"{what}: chunked differs from the published formulation by {difference:.1e}")
+    times = interleaved(contestants, rounds)
+    print_ratio(
+        f"{what}: time of the published formulation / chunked (goal {GOAL_ATTENTION:g})",
+        times[PUBLISHED],
+        times["chunked"],
+    )
+    print_ratio(f"{what}: time of the reference / chunked", times["reference"], times["chunked"])
+    return times
 
 
 def exchange_memory(size: Sequence[int], *, reference_rows: int) -> dict[str, float]:
@@ -101,16 +197,17 @@ def exchange_times(size: Sequence[int], rounds: int, *, features: int = FEATURES
         rounds: pairs for each ratio.
         features: width of the network.
     """
-    contestants = {path: _exchange(path, size, features) for path in PARALLAX_PATHS}
+    contestants = {path: _exchange(path, size, features) for path in (*PARALLAX_PATHS, PUBLISHED)}
     exact = contestants["reference"]()
     for path in PARALLAX_PATHS[:-1]:
         difference = float((contestants[path]() - exact).abs().max())
         print(f"biPAM: {path} differs from the reference by {difference:.1e}")
     times = interleaved(contestants, rounds)
     for path in PARALLAX_PATHS[:-1]:
-        print_ratio(
-            f"biPAM, {size[0]} x {size[1]}: time of the reference / {path}", times["reference"], times[path]
-        )
+        for name in ("reference", PUBLISHED):
+            print_ratio(
+                f"biPAM, {size[0]} x {size[1]}: time of the {name} / {path}", times[name], times[path]
+            )
     return times
 
 
@@ -202,21 +299,46 @@ class _Recorder(TorchDispatchMode):
 
 
 def _exchange(path: str, size: Sequence[int], features: int) -> Callable[[], Tensor]:
-    """One exchange, with weights and features of a fixed seed."""
-    seeded = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    module = channels_last(BiPAM(features, LEVELS, path=path).eval())
-    levels, own = (
-        torch.rand(2, channels, *size, generator=seeded).to(memory_format=torch.channels_last)
-        for channels in (LEVELS * features, features)
-    )
+    """One exchange; the published one projects as ours does, but the whole image at once."""
+    module, levels, own = _inputs(size, features)
+    if path != PUBLISHED:
+        module.path = path
 
     def run() -> Tensor:
         with torch.inference_mode():
+            if path == PUBLISHED:
+                return published_attention(*module.project(levels), own).features
             found: Tensor = module(levels, own).features
         return found
 
     return run
+
+
+def _attention(path: str, size: Sequence[int], features: int) -> Callable[[], Tensor]:
+    """The part of an exchange that follows the projections."""
+    module, levels, own = _inputs(size, features)
+    with torch.inference_mode():
+        query, key = module.project(levels)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            if path == PUBLISHED:
+                return published_attention(query, key, own).features
+            return parallax_attention(query, key, own, path=path).features
+
+    return run
+
+
+def _inputs(size: Sequence[int], features: int) -> tuple[BiPAM, Tensor, Tensor]:
+    """An exchange and its inputs, with weights and features of a fixed seed."""
+    seeded = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    module = channels_last(BiPAM(features, LEVELS).eval())
+    levels, own = (
+        torch.rand(2, channels, *size, generator=seeded).to(memory_format=torch.channels_last)
+        for channels in (LEVELS * features, features)
+    )
+    return module, levels, own
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from medsr.networks.layout import channels_last
+from medsr.networks.parallax import PARALLAX_PATHS, parallax_attention
 from medsr.networks.segsrnet import SEGSRNet
 from torch import nn
 
@@ -54,11 +55,54 @@ def test_they_run_on_the_shapes_that_they_had(monkeypatch: pytest.MonkeyPatch) -
     assert all(layout for (_, layout), call in zip(seen, calls, strict=True) if call.channels_last)
 
 
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("path", PARALLAX_PATHS)
+@pytest.mark.parametrize("width", [3, 40])
+def test_the_published_formulation_has_our_result(path: str, width: int, sharpness: float) -> None:
+    seeded = torch.Generator().manual_seed(0)
+    query, key = sharpness * torch.randn(2, 2, 8, 3, width, generator=seeded)
+    # Some columns have a match, and some have none.
+    key[..., : width // 2] = query[..., width - width // 2 :]
+    features = torch.rand(4, 5, 3, width, generator=seeded)
+    ours = parallax_attention(query, key, features, path=path)
+    published = stereo_sr.published_attention(query, key, features)
+    assert float((ours.features - published.features).abs().max()) < 1e-5
+    assert float((ours.valid - published.valid).abs().max()) < 1e-5
+
+
+def test_attention_alone_is_compared_with_the_published_formulation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    times = stereo_sr.attention_times((6, 20), 2, features=8)
+    assert set(times) == {"chunked", "reference", "published"}
+    shown = capsys.readouterr().out
+    assert "published formulation / chunked (goal 5)" in shown
+    assert "nan" not in shown
+
+
+def test_each_is_given_the_same_rows_for_the_memory_of_attention(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def measured(call: str, *arguments: object) -> float:
+        calls.append((call, *arguments))
+        return 2.0
+
+    monkeypatch.setattr(stereo_sr, "peak_of", measured)
+    found = stereo_sr.attention_memory((64, 20))
+    paths = ["chunked", "reference", "published"]
+    assert calls == [("benchmarks.speed.stereo_sr:attention", path, 64, 20) for path in paths]
+    assert found == pytest.approx(dict.fromkeys(paths, 2 * 2**20 / 1e6))
+    assert "published takes 2 MB" in capsys.readouterr().out
+
+
 def test_all_paths_of_the_exchange_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     times = stereo_sr.exchange_times((6, 20), 2, features=8)
-    assert set(times) == {"chunked", "fused", "reference"}
+    assert set(times) == {"chunked", "fused", "reference", "published"}
     shown = capsys.readouterr().out
     assert "time of the reference / fused" in shown
+    assert "time of the published / chunked" in shown
     assert "nan" not in shown
 
 
@@ -90,9 +134,10 @@ def test_the_memory_of_the_reference_is_scaled_to_all_rows(
     assert "scaled from 16 rows" in shown
 
 
-@pytest.mark.parametrize("path", ["reference", "chunked"])
+@pytest.mark.parametrize("path", ["reference", "chunked", "published"])
 def test_what_is_measured_elsewhere_runs(path: str) -> None:
-    assert stereo_sr.exchange(path, 4, 12, 8)().shape == (2, 8, 4, 12)
+    for run in (stereo_sr.exchange, stereo_sr.attention):
+        assert run(path, 4, 12, 8)().shape == (2, 8, 4, 12)
 
 
 def test_where_the_system_does_not_tell_there_is_no_figure(
@@ -100,5 +145,6 @@ def test_where_the_system_does_not_tell_there_is_no_figure(
 ) -> None:
     monkeypatch.setattr(stereo_sr, "peak_of", lambda *call: None)
     assert stereo_sr.exchange_memory((8, 8), reference_rows=4) == {}
+    assert stereo_sr.attention_memory((8, 8)) == {}
     assert stereo_sr.network_memory((8, 8), 2) is None
     assert not capsys.readouterr().out
