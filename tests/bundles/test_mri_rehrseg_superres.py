@@ -533,6 +533,22 @@ def test_training_in_two_stages_gives_usable_weights(
     assert report_of(out)["cases"]["head"]["method"] == "network"
 
 
+def test_planes_then_their_fusion_then_the_volume_network(
+    sharp: Path, tmp_path: Path, medsr: Callable[..., Any]
+) -> None:
+    planes, fusion, volumes = (tmp_path / name for name in ("planes", "fusion", "volumes"))
+    stages = (
+        (planes, ("train.json", "train_planes.json"), ()),
+        (fusion, ("train.json", "train_fusion.json"), (f"prior_weights={planes / 'model.pt'}",)),
+        (volumes, ("train.json",), ("stage=uncertainty", f"prior_weights={fusion / 'model.pt'}")),
+    )
+    for out, config, settings in stages:
+        status, lines = medsr(sharp.parent, out=out, config=config, settings=(*TINY, *settings))
+        assert status == 0, lines
+    # What a later stage starts from is kept, but for the rounding of its average.
+    assert shared_distance(fusion / "model.pt", volumes / "model.pt") < 1e-6
+
+
 @pytest.mark.parametrize(
     ("settings", "status", "reason"),
     [

@@ -136,8 +136,8 @@ def preflight(
     if not str(output_dir):
         # It would be the current folder.
         raise OutputError("no output: set --output_dir to the folder for the results")
-    _refuse_same_folder([dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir, output_dir)
     cases = find(dataset_dir)
+    _refuse_same_folder([dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir, output_dir)
     probe_folder(output_dir)
     if output is not None:
         output.refuse_existing([case["case"] for case in cases])

@@ -140,6 +140,9 @@ def test_a_missing_input_is_named(tmp_path, capsys):
     assert code == DataError.exit_code
     assert "absent: no such file or folder" in line
     assert str(tmp_path) not in line
+    code, line = failure(capsys, preflight, "n" * 300, tmp_path / "out")
+    assert code == DataError.exit_code
+    assert "cannot be read (File name too long)" in line
 
 
 def test_an_output_folder_that_cannot_be_used_ends_the_run(data, tmp_path, capsys):
