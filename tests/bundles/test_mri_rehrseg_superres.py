@@ -496,6 +496,14 @@ def test_comparison_has_one_row_per_method(
     assert {path.name for path in out.iterdir()} == {"comparison.json"}
 
 
+def test_a_comparison_needs_no_setting(sharp: Path, tmp_path: Path, medsr: Callable[..., Any]) -> None:
+    out = tmp_path / "out"
+    status, lines = medsr(sharp, out=out, config=("inference.json", "evaluate.json"))
+    assert status == 0, lines
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert {row["method"] for row in rows} >= {"nearest", "cubic", "network"}
+
+
 def shared_distance(first: Path, second: Path) -> float:
     """Largest difference between the tensors that two weight files share."""
     import torch

@@ -28,6 +28,10 @@ _ROWS = 16
 """Rows of a volume that are compared with its measured slices at a time: copies of whole results cost memory."""
 
 
+_THICKEST = 1.5
+"""Slice thickness over spacing that is believed at most: training saw 1.1, and undoing what a slip in a unit claims makes
+detail that is not there, without bound."""
+
 _HEAD_MARGIN = 16
 """Voxels around the head that the network sees and makes, too: air next to the head tells where it ends."""
 
@@ -152,8 +156,11 @@ class VolumeInferer(SliceGroupInferer):
         found = None if found is None else float(np.asarray(found).ravel()[0])
         thickness = self.slice_thickness_mm or found or spacing
         warnings = []
-        if not 0.2 <= thickness / spacing <= 2:
+        if not 0.2 <= thickness / spacing <= _THICKEST:
             warnings.append(f"slice thickness {thickness:g} mm is unusual for a spacing of {spacing:.3g} mm")
+        if thickness / spacing > _THICKEST:
+            thickness = _THICKEST * spacing
+            warnings[-1] += f"; {thickness:.3g} mm was assumed"
         if ratio > 8:
             warnings.append(f"ratio {ratio:g} is beyond the 8 that the network was trained for")
         return ratio, thickness / spacing, warnings

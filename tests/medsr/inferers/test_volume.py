@@ -223,11 +223,20 @@ def test_the_projection_is_a_right_inverse():
     assert float(torch.linalg.eigvals(damped).abs().max()) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize(("thickness", "warned"), [(0.5, True), (3.0, False), (8.0, False), (9.0, True)])
+@pytest.mark.parametrize(("thickness", "warned"), [(0.5, True), (3.0, False), (6.0, False), (7.0, True)])
 def test_an_unusual_thickness_is_reported(thickness, warned):
     run = inferer()
     run(scan(thickness=thickness), Recorder())
     assert any("thickness" in one for one in run.facts["warnings"]) == warned
+
+
+@pytest.mark.parametrize("thickness", [6.5, 40.0, 5000.0])
+def test_a_thickness_beyond_belief_is_not_used(thickness):
+    run, network = inferer(), Recorder()
+    found = run(scan(thickness=thickness), network)
+    assert network.given[0][1] == run.facts["slice_thickness_per_spacing"] == 1.5
+    assert "; 6 mm was assumed" in run.facts["warnings"][0]
+    assert float(found.abs().max()) < 3
 
 
 def test_a_ratio_beyond_the_training_is_reported():
