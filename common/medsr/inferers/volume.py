@@ -29,8 +29,8 @@ _ROWS = 16
 
 
 _THICKEST = 1.5
-"""Slice thickness over spacing that is believed at most: training saw 1.1, and undoing what a slip in a unit claims makes
-detail that is not there, without bound."""
+"""Slice thickness over spacing that is believed at most: training saw 1.1, and to undo what a slip in a unit claims
+would make detail that is not there, without bound."""
 
 _HEAD_MARGIN = 16
 """Voxels around the head that the network sees and makes, too: air next to the head tells where it ends."""
