@@ -34,6 +34,9 @@ SUBJECTS = {
     "oasis-t1-f": "mri/oasis_1mm/subjF_T1.nii.gz",
 }
 
+LOOKED_AT = ("glioma-t1c-3", "ms-flair-19", "head-t1", "oasis-t1-e")
+"""Subjects on which the architecture was chosen; see the bundle's ``models/README.md``."""
+
 
 def main() -> None:
     """Print one table per group of settings and write all rows."""

@@ -20,6 +20,8 @@ from medsr.geometry import slice_positions
 from medsr.inferers.precision import native_bfloat16
 from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.inferers.volume import VolumeInferer
+from medsr.networks.layout import channels_last
+from medsr.networks.slice_sr import SliceSRNet
 from medsr.resampling import interpolation_matrix, resample_last_axis
 from monai.data import MetaTensor
 from torch import nn
@@ -44,6 +46,7 @@ def main() -> None:
     torch.set_num_threads(1)
     interpolation(arguments.rounds)
     layouts(arguments.rounds)
+    full_width(max(3, arguments.rounds // 5))
     if not arguments.skip_volume:
         memory(arguments.size)
         volume(arguments.size)
@@ -89,6 +92,22 @@ def layouts(rounds: int) -> None:
     work = [giga_multiplications(network, *one.shape) for network, one in ((ours, window), (probe, block))]
     what = f"ours / convolution probe ({work[0]:.1f} against {work[1]:.1f} GMAC)"
     print_ratio(what, times["ours"], times["probe"])
+
+
+def full_width(rounds: int) -> None:
+    """The published width, untrained, against what a convolution of its first stage reaches on the same voxels."""
+    torch.manual_seed(0)
+    network = channels_last(SliceSRNet(1.0, head="uncertainty")).eval()
+    probe = nn.Conv3d(64, 64, 3, padding=1).to(memory_format=torch.channels_last_3d)
+    window = torch.rand(2, 1, 64, 64, 12)
+    block = torch.rand(2, 64, 12, 64, 64).to(memory_format=torch.channels_last_3d)
+    times = interleaved({"network": lambda: network(window), "probe": lambda: probe(block)}, rounds)
+    work = [giga_multiplications(one, *shape.shape) for one, shape in ((network, window), (probe, block))]
+    print_ratio(
+        f"full width: time / time at the rate of the probe ({work[0]:.0f} against {work[1]:.1f} GMAC)",
+        times["network"] / work[0],
+        times["probe"] / work[1],
+    )
 
 
 def memory(size: list[int]) -> None:
