@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medsr import catalog
+from medsr.io.writing import probe_folder, write_json
 
 
 def run_config(
@@ -49,3 +51,34 @@ def run_config(
     if output.exists():
         shutil.rmtree(output)
     part.rename(output)
+
+
+def run_once(
+    bundle: str,
+    configs: Sequence[str],
+    settings: Mapping[str, Any],
+    *,
+    output: Path,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """As :func:`run_config`, unless that was done: what was asked for stays beside ``output``.
+
+    Args:
+        bundle: folder name.
+        configs: ``inference.json`` or another, and overlays.
+        settings: what the command overrides.
+        output: folder of the results.
+        environment: of the process; default this one's.
+
+    Raises:
+        SystemExit: if the command fails, or if the folder holds the results of other settings.
+    """
+    asked = json.loads(json.dumps({"bundle": bundle, "configs": list(configs), **settings}, default=str))
+    record = output.with_name(f"{output.name}.settings.json")
+    if output.exists():
+        if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != asked:
+            raise SystemExit(f"{output}: was made with other settings; remove it or choose another folder")
+        return
+    probe_folder(output.parent)
+    write_json(record, asked)
+    run_config(bundle, configs, settings, output=output, environment=environment)

@@ -1,6 +1,6 @@
 """Masks on thin slices from masks drawn on thick ones: every subject left out once, baselines and ablations beside.
 
-    python -m benchmarks.quality.segmentation tumour runs/tumour [--data FOLDER] [--ablations] [--jobs 2]
+    python -m benchmarks.quality.segmentation {tumour,ms_lesion,structures} OUT [--data FOLDER] [--ablations] [--jobs 2]
 
 For each subject the whole chain is run without it, by the bundles' own commands: super-resolution learns the masks of
 the others and makes their pseudo data; a network for the thick slices alone is trained, as published; and from it
@@ -23,16 +23,16 @@ from typing import Any
 from medsr.engines.mask_comparison import PROTOCOL, mask_table
 from medsr.io.writing import write_json
 
-from benchmarks.commands import run_config
-from benchmarks.quality.thick_folder import STUDIES, write_study
+from benchmarks.commands import run_config, run_once
+from benchmarks.quality.thick_folder import STUDIES, write_study, written_classes
 
 _log = logging.getLogger(__name__)
 
 HEAD = """# Results of the segmentation
 
 Written by `{command}`. Every row is a subject that no part of the chain has seen: it was left out of the
-super-resolution of the masks, of the pseudo data and of the training of every network. Few subjects of one site: they
-show what the method does, and nothing clinical.
+super-resolution of the masks, of the pseudo data and of the training of every network. Few subjects: they show what the
+method does, and nothing clinical.
 
 Protocol: {protocol}. min_island_fraction is {fraction:g}.
 
@@ -97,7 +97,14 @@ def main() -> None:
         "variants": arguments.iterations,
     }
     folds = [
-        Fold(output, case, budgets, ratio=arguments.ratio, min_island_fraction=arguments.min_island_fraction)
+        Fold(
+            output,
+            case,
+            budgets,
+            ratio=arguments.ratio,
+            min_island_fraction=arguments.min_island_fraction,
+            classes=written_classes(arguments.study),
+        )
         for case in arguments.cases or STUDIES[arguments.study]
     ]
     threads = {"OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else {}
@@ -123,9 +130,17 @@ class Fold:
     """One subject left out: its folder, and the steps that lead to its rows."""
 
     def __init__(
-        self, output: Path, case: str, budgets: Mapping[str, int], *, ratio: float, min_island_fraction: float
+        self,
+        output: Path,
+        case: str,
+        budgets: Mapping[str, int],
+        *,
+        ratio: float,
+        min_island_fraction: float,
+        classes: Mapping[str, Sequence[int]],
     ) -> None:
         self.thick, self.case, self.folder = output / "thick", case, output / case
+        self.classes = dict(classes)
         self.budgets, self.ratio, self.min_island_fraction = dict(budgets), ratio, min_island_fraction
         self.environment: dict[str, str] = {}
 
@@ -135,16 +150,17 @@ class Fold:
         """Train what is missing, compare, and return the rows of the case."""
         self.environment = dict(environment)
         left_out = {"leave_out": [self.case]}
-        labels = {"dataset_dir": self.thick, "iterations": self.budgets["labels"], **left_out}
+        classes, count = {"classes": self.classes}, {"label_classes": len(self.classes)}
+        labels = {"dataset_dir": self.thick, "iterations": self.budgets["labels"], **classes, **left_out}
         self._step("labels", SUPERRES, LABELS, labels)
         teacher = self.folder / "labels" / "model.pt"
         self._step(
             "pseudo",
             SEGMENTATION,
             ["make_pseudo.json"],
-            {"dataset_dir": self.thick, "weights": teacher, **left_out},
+            {"dataset_dir": self.thick, "weights": teacher, **classes, **left_out},
         )
-        pseudo = {"dataset_dir": self.folder / "pseudo", "ratio": self.ratio}
+        pseudo = {"dataset_dir": self.folder / "pseudo", "ratio": self.ratio, **count}
         plain = ["train.json", "train_plain.json"]
         self._step(START, SEGMENTATION, plain, {**pseudo, "iterations": self.budgets[START]})
         common = {
@@ -157,12 +173,17 @@ class Fold:
             if name == PLAIN:
                 source = pseudo
             elif name == UPPER_BOUND:
-                source = {"dataset_dir": self.thick / "true", "ratio": self.ratio, **left_out}
+                source = {
+                    "dataset_dir": self.thick / "true",
+                    "ratio": self.ratio,
+                    **classes,
+                    **count,
+                    **left_out,
+                }
             configs = plain if name == PLAIN else plain[:1]
             self._step(name, SEGMENTATION, configs, {**source, **common, **settings})
         first, *others = variants
-        self._step(
-            "comparison",
+        run_config(
             SEGMENTATION,
             ["inference.json", "evaluate.json"],
             {
@@ -172,8 +193,11 @@ class Fold:
                 "compare": {name: str(self.folder / name / "model.pt") for name in others},
                 "ratio": self.ratio,
                 "min_island_fraction": self.min_island_fraction,
+                **classes,
+                **count,
             },
-            again=True,
+            output=self.folder / "comparison",
+            environment=self.environment,
         )
         rows = json.loads((self.folder / "comparison" / "masks.json").read_text())["rows"]
         return [{**row, "network": first if row["network"] == "network" else row["network"]} for row in rows]
@@ -181,21 +205,10 @@ class Fold:
     def _cases(self) -> list[str]:
         return sorted(path.name.removesuffix(".nii.gz") for path in (self.thick / "labels").iterdir())
 
-    def _step(
-        self,
-        name: str,
-        bundle: str,
-        configs: Sequence[str],
-        settings: Mapping[str, Any],
-        *,
-        again: bool = False,
-    ) -> None:
+    def _step(self, name: str, bundle: str, configs: Sequence[str], settings: Mapping[str, Any]) -> None:
         """Run configs of a bundle into a folder of their own, unless that was done before."""
-        done = self.folder / name
-        if done.exists() and not again:
-            return
         _log.info("%s: %s", self.case, name)
-        run_config(bundle, configs, settings, output=done, environment=self.environment)
+        run_once(bundle, configs, settings, output=self.folder / name, environment=self.environment)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
     python -m benchmarks.quality.thick_folder tumour OUT [--ratio 4] [--gap 0] [--data FOLDER]
 
-OUT gets ``images/`` and ``labels/`` (thick; a voxel is foreground if at least half of it is), and ``true/images``
-and ``true/labels`` (the same field of view, isotropic: for evaluation and for the upper bound only).
+OUT gets ``images/`` and ``labels/`` (thick axial slices; a voxel is foreground if at least half of it is; classes are
+numbered from 1), and ``true/images`` and ``true/labels`` (the same field of view, isotropic: for evaluation and for the
+upper bound only).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,26 +21,82 @@ from medsr.geometry import spacing_of
 from medsr.io.cases import read_case
 from medsr.io.writing import probe_folder, write_json, write_nifti
 from medsr.transforms.labels import ClassesToChannelsd, drawn_classes
-from medsr.transforms.thick_slices import ThickSliceParameters, thick_slice_affine
+from medsr.transforms.thick_slices import ThickSliceParameters, acquire_whole_slabs
 from monai.data import MetaTensor
+from monai.transforms import Orientation
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff
 
-STUDIES = {
+
+class Source(NamedTuple):
+    """Files of a case.
+
+    Attributes:
+        image: relative to the data folder.
+        mask: relative to the data folder.
+        classes: class to values of the mask; by default all values are one class.
+        axes: what the axes of the array are, where the file tells it wrongly.
+    """
+
+    image: str
+    mask: str
+    classes: Mapping[str, Sequence[int]] | None = None
+    axes: str | None = None
+
+
+STUDIES: dict[str, dict[str, Source]] = {
     "tumour": {
-        f"glioma-{n}": (
+        f"glioma-{n}": Source(
             f"mri/brats2013/pat000{n}/T1c_subtrMeanDivStd.nii.gz",
             f"mri/brats2013/pat000{n}/OTMultiClass.nii.gz",
         )
         for n in (3, 4, 5, 6)
     },
     "ms_lesion": {
-        f"ms-{n}": (
+        f"ms-{n}": Source(
             f"mri/ms_flair_1mm/patient{n}/FLAIR_mni1mm_brain.nii.gz",
             f"mri/ms_flair_1mm/patient{n}/lesion_gold_mni1mm.nii.gz",
         )
         for n in ("07", "19")
     },
+    "structures": {
+        "oasis-a": Source(
+            "mri/oasis_1mm/subjA_T1.nii.gz",
+            "mri/oasis_1mm/subjA_labels13.nii.gz",
+            {
+                "ventricle": [3],
+                "thalamus": [1],
+                "striatum": [5, 6],
+                "hippocampus": [8],
+                "brain_stem": [13],
+            },
+        ),
+        "vxm": Source(
+            "mri/healthy_iso/vxm_test_scan_T1_1mm.nii.gz",
+            "mri/healthy_iso/vxm_test_scan_aseg.nii.gz",
+            {
+                "ventricle": [4, 43],
+                "thalamus": [10, 49],
+                "striatum": [11, 12, 50, 51],
+                "hippocampus": [17, 53],
+                "brain_stem": [16],
+            },
+            # Its affine is the identity, and its form that of FreeSurfer's.
+            axes="LIA",
+        ),
+    },
 }
-"""Case to image and mask; all foreground values are one class."""
+"""Study and case to its files. All cases of a study have the same classes in the same order."""
+
+
+def written_classes(study: str) -> dict[str, list[int]]:
+    """Classes of a study to the values that they have in the masks that are written.
+
+    Example:
+        >>> written_classes("tumour")
+        {'foreground': [1]}
+    """
+    source = next(iter(STUDIES[study].values()))
+    return {name: [number] for number, name in enumerate(source.classes or ["foreground"], start=1)}
 
 
 def main() -> None:
@@ -55,47 +114,51 @@ def main() -> None:
 def write_study(study: str, output: Path, data: Path, *, ratio: float, gap: float = 0.0) -> None:
     """Write all cases of a study that are not there yet."""
     parameters = ThickSliceParameters(ratio, (ratio - gap) / ratio)
-    for case, (image, mask) in STUDIES[study].items():
+    for case, source in STUDIES[study].items():
         # What is written last tells that a case is complete.
         if not (output / "images" / f"{case}.json").exists():
-            write_case(case, (data / image, data / mask), parameters, output=output)
+            write_case(case, source, parameters, data=data, output=output)
             print(f"{case}: written")
 
 
 def write_case(
-    case: str, paths: tuple[Path, Path], parameters: ThickSliceParameters, *, output: Path
+    case: str, source: Source, parameters: ThickSliceParameters, *, data: Path, output: Path
 ) -> None:
     """Write a case thick and, cut to whole slabs, isotropic."""
-    image, header = read_case(paths[0])
-    mask, _ = read_case(paths[1], allow_constant=True)
-    classes = {"foreground": sorted({int(v) for v in np.unique(mask)} - {0})}
+    image, affine = _axial(data / source.image, source.axes)
+    mask, _ = _axial(data / source.mask, source.axes)
+    classes = source.classes or {"foreground": sorted({int(v) for v in np.unique(mask)} - {0})}
+    declared = [value for values in classes.values() for value in values]
+    mask[~np.isin(mask, declared)] = 0
     label = ClassesToChannelsd("label", classes)({"label": MetaTensor(torch.as_tensor(mask)[None])})["label"]
-    depth = image.shape[-1]
-    thick_depth = parameters.thick_size(depth)
-    kept = round(thick_depth * parameters.ratio)
-    start = (depth - kept) // 2
-    affine = header.affine.copy()
-    affine[:3, 3] += affine[:3, 2] * start
-    image, truth = image[..., start : start + kept], label[0, ..., start : start + kept].numpy()
-    thick = image @ parameters.matrix(kept, thick_depth).T
-    shares = torch.as_tensor(truth @ parameters.label_matrix(kept, thick_depth).T)
-    drawn = drawn_classes(shares[None]).numpy()
-    thick_affine = thick_slice_affine(affine, parameters, size=kept)
+    images = acquire_whole_slabs(MetaTensor(torch.as_tensor(image)[None], affine=affine), parameters)
+    labels = acquire_whole_slabs(label, parameters, is_label=True)
     for folder, values, place in (
-        ("images", thick, thick_affine),
-        ("labels", drawn, thick_affine),
-        ("true/images", image, affine),
-        ("true/labels", truth, affine),
+        ("images", images.thick[0], images.thick),
+        ("labels", drawn_classes(labels.thick.as_tensor()), images.thick),
+        ("true/images", images.thin[0], images.thin),
+        ("true/labels", drawn_classes(labels.thin.as_tensor()), images.thin),
     ):
         probe_folder(output / folder)
         write_nifti(
             output / folder / f"{case}.nii.gz",
-            values,
-            affine=place,
+            values.numpy(),
+            affine=place.affine.numpy(),
             dtype=np.float32 if "images" in folder else np.uint8,
         )
     thickness_mm = parameters.thickness * parameters.ratio * float(spacing_of(affine)[2])
     write_json(output / "images" / f"{case}.json", {"SliceThickness": round(thickness_mm, 4)})
+
+
+def _axial(path: Path, axes: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine, the slices axial."""
+    values, header = read_case(path, allow_constant=True)
+    affine = header.affine
+    if axes:
+        turn = np.linalg.inv(inv_ornt_aff(axcodes2ornt(axes), values.shape))
+        affine = turn @ np.diag([*spacing_of(affine), 1.0])
+    turned = Orientation("RAS", labels=None)(MetaTensor(torch.as_tensor(values)[None], affine=affine))
+    return turned[0].numpy(), turned.affine.numpy()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from medsr.catalog import bundle_root
 from medsr.phantoms import head
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 
 SUPERRES = bundle_root("mri_rehrseg_superres") / "configs"
 CONFIGS = bundle_root("mri_rehrseg_segmentation") / "configs"
@@ -70,7 +73,9 @@ def pipeline(
     step("pseudo", pseudo, dataset_dir=study, classes=classes, weights=teacher)
     step("train", CONFIGS / "train.json", dataset_dir=folder / "pseudo", teacher_weights=teacher, **SMALL)
     plain = [CONFIGS / "train.json", CONFIGS / "train_plain.json"]
-    step("plain", plain, dataset_dir=folder / "pseudo", **SMALL)
+    step("plain", plain, dataset_dir=folder / "pseudo", **{**SMALL, "block_size": None})
+    off = {f"{term}_weight": 0 for term in ("uncertainty", "cosine", "pairwise")}
+    step("upper", CONFIGS / "train.json", dataset_dir=study / "true", classes=classes, **off, **SMALL)
     weights = folder / "train" / "model.pt"
     for name, fraction in (("masks", None), ("islands", 0), ("one", 1)):
         found = {"dataset_dir": study / "images", "weights": weights, "min_island_fraction": fraction}
@@ -120,7 +125,7 @@ def test_pseudo_data_are_a_labelled_folder_on_exact_geometry(pipeline):
 
 def test_a_stopped_run_goes_on_where_it_was(pipeline):
     report = json.loads((pipeline.folder / "pseudo" / "report.json").read_text())
-    assert list(report["cases"]) == ["b"]
+    assert ["earlier_run" in report["cases"][case] for case in "ab"] == [True, False]
 
 
 def test_every_term_is_logged_under_its_name(pipeline):
@@ -129,6 +134,29 @@ def test_every_term_is_logged_under_its_name(pipeline):
         assert term in terms["train"]
     assert "thick_dice" in terms["plain"]
     assert '"cosine":' not in terms["plain"]
+
+
+@pytest.mark.parametrize(("overlay", "as_acquired"), [(["train_plain.json"], True), ([], False)])
+def test_the_plain_network_sees_the_slices_of_the_scan(overlay, as_acquired):
+    parser = ConfigParser()
+    parser.read_config([CONFIGS / name for name in ("train.json", *overlay)])
+    settings = {"slice_profile": "box", "train#prepare_batch#gamma": [1, 1], "train#prepare_batch#noise": 0}
+    parser.update({**settings, "train#prepare_batch#brightness": 0, "patch_size": [16, 16, 4]})
+    if not as_acquired:
+        parser.update({"block_size": [16, 16, 20]})
+    cut, prepare = (
+        parser.get_parsed_content(f"train#{name}") for name in ("random_transforms#0", "prepare_batch")
+    )
+    cut.set_random_state(seed=0)
+    # Every voxel tells its slice of the scan: a slice that mixes two of them is no whole number.
+    slices = torch.arange(12.0).repeat_interleave(4).expand(1, 20, 20, 48)
+    item = {"image": MetaTensor(slices.clone()), "label": torch.zeros(1, 20, 20, 48)}
+    mixed = 0
+    for _ in range(20):
+        block = {key: values[None] for key, values in cut(item).items() if key in ("image", "label")}
+        thick = prepare(block)[0]
+        mixed += not torch.allclose(thick, thick.round(), atol=1e-3)
+    assert mixed == 0 if as_acquired else mixed > 5
 
 
 def test_masks_lie_on_both_grids(pipeline):
@@ -178,7 +206,7 @@ def test_a_fraction_that_is_none_is_refused(phantom, tmp_path, medsr_here, fract
     status, lines = medsr_here("mri_rehrseg_segmentation", scan, out=tmp_path / "out", settings=settings)
     assert status != 0
     assert len(lines) == 1
-    assert "min_island_fraction must be a number in [0, 1]" in lines[0]
+    assert "min_island_fraction must be a number" in lines[0]
     assert not list((tmp_path / "out").rglob("*.nii.gz"))
 
 
@@ -265,7 +293,7 @@ def test_a_bad_mask_is_left_out_and_the_others_go_on(pipeline, tmp_path, nifti, 
     )
     assert process.returncode != 0
     assert "Traceback" not in process.stderr
-    assert "a.nii.gz: lies 2 mm away from a.nii.gz" in process.stderr
+    assert "label a.nii.gz: lies 2 mm away from image a.nii.gz" in process.stderr
     assert [path.name for path in (tmp_path / "out" / "images").iterdir()] == ["b.nii.gz"]
 
 

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from medsr.errors import SettingError
 from medsr.transforms.labels import drawn_classes
-from medsr.transforms.thick_slices import MIN_RATIO, RandSimulateThickSlices, ThickSliceParameters
+from medsr.transforms.thick_slices import (
+    MIN_RATIO,
+    RandSimulateThickSlices,
+    ThickSliceParameters,
+    whole_span,
+)
 
 __all__ = ["PreparePair", "PrepareThickSlices"]
 
@@ -132,13 +137,13 @@ class PrepareThickSlices:
                 f"a block of {length} voxels is too short for {self.min_slices} slices at ratio {wanted:.2f}; "
                 "lengthen the block or lower the ratio"
             )
-        count = round(slices * wanted)
+        count = whole_span(slices, wanted)
         ratio = count / slices
         sharp = self._recontrast(sharp)
         start = (length - count) // 2
         target = sharp[..., start : start + count]
         phase = start + (count - 1) / 2 - (length - 1) / 2
-        parameters = ThickSliceParameters(max(ratio, MIN_RATIO), drawn.thickness, drawn.profile, phase)
+        parameters = ThickSliceParameters(ratio, drawn.thickness, drawn.profile, phase)
         inputs = sharp @ torch.as_tensor(parameters.matrix(length, slices)).to(sharp).T
         if self.label_classes:
             area = torch.as_tensor(parameters.label_matrix(length, slices)).to(sharp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,44 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError
 from medsr.transforms.labels import drawn_classes, with_background
-from medsr.transforms.thick_slices import ThickSliceParameters
+from medsr.transforms.thick_slices import ThickSliceParameters, whole_span
 
-__all__ = ["PreparePseudoThick"]
+__all__ = ["PreparePseudoThick", "block_size", "block_step"]
+
+
+def block_size(patch_size: Sequence[int], ratio: float | Sequence[float], phase: float) -> list[int]:
+    """Block of thin voxels that a stack of thick slices is drawn from, with room for the phase on either side.
+
+    Args:
+        patch_size: ``(H, W, slices)`` of the stack.
+        ratio: slice spacing divided by thin spacing; a pair is a range.
+        phase: largest shift of the slices, in slice spacings, to either side.
+
+    Example:
+        >>> block_size((160, 160, 8), 4.0, phase=0.5), block_size((160, 160, 8), 4.0, phase=0)
+        ([160, 160, 36], [160, 160, 32])
+    """
+    *plane, slices = (int(size) for size in patch_size)
+    count = whole_span(slices, _span(ratio)[1])
+    return [*plane, math.ceil(count * (1 + 2 * phase / slices))]
+
+
+def block_step(ratio: float | Sequence[float], phase: float) -> float:
+    """Voxels between the places where a block may start: anywhere, but for phase 0, which wants whole slices.
+
+    Raises:
+        SettingError: if the phase is 0 and the ratio a range, which no scan's own slices have.
+
+    Example:
+        >>> block_step(4.0, phase=0.5), block_step(4.0, phase=0)
+        (1.0, 4.0)
+    """
+    if phase:
+        return 1.0
+    low, high = _span(ratio)
+    if low != high:
+        raise SettingError(f"phase 0 needs one ratio, got the range {low:g} to {high:g}; give the scan's own")
+    return low
 
 
 class PreparePseudoThick:
@@ -30,7 +66,8 @@ class PreparePseudoThick:
         slices: thick slices of a stack.
         thickness: slice thickness divided by slice spacing; a pair is a range.
         profile: slice profile.
-        phase: largest shift of the slices, in slice spacings, to either side; 0 repeats the slices of the scan.
+        phase: largest shift of the slices, in slice spacings, to either side; 0 repeats the slices of the scan, if the
+            block holds them whole and nothing else.
         gamma: range of a gamma change of the image.
         brightness: largest relative change of the image's scale.
         noise: largest standard deviation of Gaussian noise on the thick slices.
@@ -89,13 +126,13 @@ class PreparePseudoThick:
         }
         given = {k: v.as_tensor() if hasattr(v, "as_tensor") else v for k, v in given.items()}
         length = given["image"].shape[-1]
-        count = round(self.slices * self.random.uniform(*self.ratio))
+        count = whole_span(self.slices, float(self.random.uniform(*self.ratio)))
         ratio = count / self.slices
         room = (length - count) / 2
         if room < self.phase * ratio:
             raise SettingError(
                 f"a block of {length} voxels is too short for {self.slices} slices of {ratio:.3g} voxels with a phase "
-                f"of {self.phase:g}; {int(np.ceil(count + 2 * self.phase * ratio))} are needed"
+                f"of {self.phase:g}; {math.ceil(count + 2 * self.phase * ratio)} are needed"
             )
         # The thin target is cut out of the block, hence the phase is a whole number of voxels.
         reach = int(self.phase * ratio)

@@ -14,10 +14,11 @@ from monai.inferers import Inferer, sliding_window_inference
 from torch import Tensor, nn
 
 from medsr.errors import DataError, SettingError
-from medsr.geometry import spacing_of, through_plane_ratio
+from medsr.geometry import refinement_ratio, spacing_of
 from medsr.inferers.head_box import head_box
-from medsr.inferers.precision import PRECISIONS, choose_precision
+from medsr.inferers.precision import checked_precision, choose_precision
 from medsr.inferers.volume import MIN_SLICES
+from medsr.settings import as_flag, as_number
 
 __all__ = ["ThickSegmentationInferer"]
 
@@ -98,16 +99,14 @@ class ThickSegmentationInferer(Inferer):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        if spacing_mm is not None and not (np.isfinite(spacing_mm) and spacing_mm > 0):
-            raise SettingError(f"target_spacing_mm must be > 0 mm, got {spacing_mm}")
         if patch_size is not None and (len(patch_size) != 3 or min(patch_size) < 1):
             raise SettingError(f"patch_size must hold three numbers >= 1, got {patch_size}")
-        if not 0 <= overlap < 1:
+        if not 0 <= as_number("overlap", overlap) < 1:
             raise SettingError(f"overlap must lie in [0, 1), got {overlap}")
-        if amp not in PRECISIONS:
-            raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{amp}'")
-        self.spacing_mm, self.patch_size, self.overlap = spacing_mm, patch_size, float(overlap)
-        self.mirror, self.amp, self.batch, self.progress = mirror, amp, max(1, batch), progress
+        self.amp = checked_precision(amp)
+        self.spacing_mm = None if spacing_mm is None else as_number("target_spacing_mm", spacing_mm, above=0)
+        self.patch_size, self.overlap = patch_size, float(overlap)
+        self.mirror, self.batch, self.progress = as_flag("mirror", mirror), max(1, batch), progress
         self._last = threading.local()
         self.facts: dict[str, Any] = {}
 
@@ -179,12 +178,7 @@ class ThickSegmentationInferer(Inferer):
         """Ratio of the slice spacing to the thin spacing, and what is unusual about the volume."""
         affine = np.asarray(inputs.affine, dtype=np.float64).reshape(-1, 4, 4)[0]
         spacing = spacing_of(affine)
-        ratio = through_plane_ratio(affine, self.spacing_mm, axis=2)
-        if ratio < 1:
-            raise SettingError(
-                f"target_spacing_mm {spacing[2] / ratio:.3g} is coarser than the slices of {spacing[2]:.3g} mm; "
-                "choose a smaller one"
-            )
+        ratio = refinement_ratio(affine, self.spacing_mm, axis=2)
         warnings = []
         relative = spacing / np.asarray(network.spacing_mm)
         if relative.max() > 2 or relative.min() < 0.5:

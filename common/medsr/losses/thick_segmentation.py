@@ -29,10 +29,11 @@ class ThickSegmentationLoss(nn.Module):
     """Cross-entropy on the thick grid, cross-entropy and Dice on the thin one, and structural distillation.
 
     The pseudo labels come from super-resolution, which knows where it is unsure: a voxel of the thick grid with
-    uncertainty ``u`` weighs ``1 - uncertainty_weight * u``. Without that weighting Dice is added there, as
-    published. A term whose weight is 0 is left out entirely, with its inputs and its adapter. The adapter's
-    parameters belong to this loss: give the optimiser, and a guard of the gradients, those of the network and of
-    the loss. ``last_terms`` holds the value of every term after a call, as it enters the sum.
+    uncertainty ``u`` weighs ``1 - uncertainty_weight * u``. Published is either that weighting or Dice on the thick
+    grid; here one does not depend on the other. A term whose weight is 0 is left out entirely, with its inputs and
+    its adapter. The adapter's parameters belong to this loss: give the optimiser, and a guard of the gradients,
+    those of the network and of the loss. ``last_terms`` holds the value of every term after a call, as it enters
+    the sum.
 
     ``monai.losses.DiceLoss`` is used, in its form for soft labels, whose optimum is the label itself.
     ``monai.losses.DiceCELoss`` was considered: it knows no voxel weights and returns one number for two terms.
@@ -42,6 +43,7 @@ class ThickSegmentationLoss(nn.Module):
         student_channels: channels of the student's feature map; only the cosine term needs it.
         teacher_channels: channels of the teacher's; likewise.
         uncertainty_weight: 0 to 1; share of its weight that a voxel loses at uncertainty 1.
+        thick_dice_weight: weight of Dice on the thick grid.
         thin_weight: weight of both terms of the thin grid.
         cosine_weight: weight of :class:`~medsr.losses.distillation.SpatialCosineLoss`.
         pairwise_weight: weight of :class:`~medsr.losses.distillation.PairwiseAffinityLoss`.
@@ -61,7 +63,9 @@ class ThickSegmentationLoss(nn.Module):
 
     Example:
         >>> from types import SimpleNamespace
-        >>> loss = ThickSegmentationLoss(uncertainty_weight=0, cosine_weight=0, pairwise_weight=0)
+        >>> loss = ThickSegmentationLoss(
+        ...     uncertainty_weight=0, thick_dice_weight=1, cosine_weight=0, pairwise_weight=0
+        ... )
         >>> pred = SimpleNamespace(thick=torch.zeros(1, 2, 4, 4, 2), thin=torch.zeros(1, 2, 4, 4, 8))
         >>> target = {"thick": torch.full((1, 2, 4, 4, 2), 0.5), "thin": torch.full((1, 2, 4, 4, 8), 0.5)}
         >>> round(loss(pred, target).item(), 4), list(loss.last_terms)
@@ -78,6 +82,7 @@ class ThickSegmentationLoss(nn.Module):
         teacher_channels: int | None = None,
         *,
         uncertainty_weight: float = 0.99,
+        thick_dice_weight: float = 0.0,
         thin_weight: float = 1.0,
         cosine_weight: float = 1.0,
         pairwise_weight: float = 1.0,
@@ -88,14 +93,14 @@ class ThickSegmentationLoss(nn.Module):
             raise SettingError(f"classes must be at least 2, background included, got {classes}")
         if not 0 <= uncertainty_weight <= 1:
             raise SettingError(f"uncertainty_weight must lie in [0, 1], got {uncertainty_weight:g}")
-        if min(thin_weight, cosine_weight, pairwise_weight) < 0:
+        if min(thick_dice_weight, thin_weight, cosine_weight, pairwise_weight) < 0:
             raise SettingError("the weights of the terms must not be negative; 0 leaves a term out")
         if cosine_weight and not (student_channels and teacher_channels):
             raise SettingError(
                 "the cosine term needs student_channels and teacher_channels; give both or set cosine_weight to 0"
             )
         self.classes, self.uncertainty_weight = int(classes), float(uncertainty_weight)
-        self.thin_weight = float(thin_weight)
+        self.thick_dice_weight, self.thin_weight = float(thick_dice_weight), float(thin_weight)
         self.cosine_weight, self.pairwise_weight = float(cosine_weight), float(pairwise_weight)
         self.dice = DiceLoss(
             include_background=False, softmax=True, soft_label=True, smooth_nr=_SMOOTH, smooth_dr=_SMOOTH
@@ -112,8 +117,8 @@ class ThickSegmentationLoss(nn.Module):
             uncertainty = self._uncertainty(target, cross_entropy)
             cross_entropy = cross_entropy * (1 - self.uncertainty_weight * uncertainty)
         terms = {"thick_cross_entropy": cross_entropy.mean()}
-        if not self.uncertainty_weight:
-            terms["thick_dice"] = self.dice(logits, labels)
+        if self.thick_dice_weight:
+            terms["thick_dice"] = self.thick_dice_weight * self.dice(logits, labels)
         if self.thin_weight:
             logits, labels = self._pair(pred.thin, target, "thin")
             terms["thin_cross_entropy"] = self.thin_weight * F.cross_entropy(logits, labels)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from medsr.errors import SettingError
 from medsr.geometry import rescaled_size, slice_positions
 from medsr.resampling import interpolation_matrix
+from medsr.settings import as_whole
 
 __all__ = ["ThickSegmentation", "ThickSegmentationNet", "UNetPlan", "plan_unet"]
 
@@ -132,7 +133,8 @@ class ThickSegmentationNet(nn.Module):
         thin_kernel: size of the thin head's last kernel. Published: 5.
 
     Shape:
-        - image: ``(B, 1, H, W, D)``, slices last, zero mean and unit variance, of any size;
+        - image: ``(B, 1, H, W, D)``, slices last, intensities about [0, 1] as
+          :class:`~medsr.transforms.intensity.PercentileToUnitd` maps them, of any size;
         - output: thin logits ``(B, classes, H, W, D')`` with ``D' = round(D * scale)``; with ``complete=True`` also
           thick logits ``(B, classes, H, W, D)`` and the stage-1 feature ``(B, feature_channels, H/2, W/2, D)`` for
           an anisotropic plan, sizes rounded up.
@@ -170,6 +172,7 @@ class ThickSegmentationNet(nn.Module):
         thin_kernel: int = 5,
     ) -> None:
         super().__init__()
+        width, classes = as_whole("width", width), as_whole("classes", classes)
         thin_channels = width // 2 if thin_channels is None else thin_channels
         if classes < 2 or width < 2 or thin_channels < 1 or thin_kernel < 1 or thin_kernel % 2 == 0:
             raise SettingError(

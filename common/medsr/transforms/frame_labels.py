@@ -21,6 +21,7 @@ from monai.utils import MetaKeys, ensure_tuple
 from medsr.errors import DataError, SettingError
 from medsr.io.loading import loaded_name
 from medsr.io.masks import read_mask
+from medsr.settings import as_whole_list
 from medsr.transforms.bicubic import bicubic_resize
 
 __all__ = ["IGNORED", "GreysToClassesd", "LoadMaskd", "ResizeFramed", "SameSized", "reduced_size"]
@@ -143,8 +144,11 @@ class GreysToClassesd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        classes = {name: [int(value) for value in ensure_tuple(values)] for name, values in label_map.items()}
-        ignored = [int(value) for value in ensure_tuple(ignore)]
+        classes = {
+            name: as_whole_list(f"label_map: {name}", ensure_tuple(values), 0)
+            for name, values in label_map.items()
+        }
+        ignored = as_whole_list("ignore", ensure_tuple(ignore), 0)
         values = [value for listed in (*classes.values(), ignored) for value in listed]
         if not 2 <= len(classes) <= IGNORED or not all(classes.values()) or len(set(values)) < len(values):
             raise SettingError(

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -23,7 +24,9 @@ class PercentileToUnitd(MapTransform):
 
     ``monai.transforms.ScaleIntensityRangePercentilesd`` was considered: it takes the percentiles over the
     background too and keeps nothing by which the map could be inverted. Here ``meta["intensity_offset"]`` and
-    ``meta["intensity_scale"]`` do: ``original = unit * scale + offset``.
+    ``meta["intensity_scale"]`` do, one number per channel: ``original = unit * scale + offset``. Each channel has a map
+    of its own, since contrasts in one file may differ a thousandfold; what is restored is comparable again. A channel
+    without contrast beside others that have some keeps its scale.
 
     Args:
         keys: images; each gets its own map.
@@ -50,15 +53,29 @@ class PercentileToUnitd(MapTransform):
         result = dict(data)
         for key in self.key_iterator(result):
             image = result[key]
-            low, high = percentile_range(np.asarray(image[0]))
-            if not high > low:
-                raise DataError(f"{key}: no contrast between the 0.1 and 99.9 percentiles ({low:g})")
-            scaled = (image.as_tensor().float() - low) / (high - low)
+            ends = [_ends(np.asarray(channel), alone=len(image) == 1) for channel in image]
+            low, high = torch.tensor(ends, dtype=torch.float64).T
+            has_contrast = high > low
+            if not has_contrast.any():
+                raise DataError(f"{key}: no contrast between the 0.1 and 99.9 percentiles ({low[0]:g})")
+            offset, scale = low, torch.where(has_contrast, high - low, 1.0)
+            scaled = (image.as_tensor().float() - _per_channel(offset)) / _per_channel(scale)
             result[key] = MetaTensor(scaled).copy_meta_from(image)
-            result[key].meta.update(intensity_offset=float(low), intensity_scale=float(high - low))
+            result[key].meta.update(intensity_offset=offset, intensity_scale=scale)
             if self.foreground_key and self.foreground_key not in result:
                 result[self.foreground_key] = torch.as_tensor(head_mask(np.asarray(scaled[0])))
         return result
+
+
+def _ends(channel: npt.NDArray[Any], *, alone: bool) -> tuple[float, float]:
+    """What is mapped to 0 and 1; twice the same where a channel of several is constant."""
+    if not alone and channel.min() == channel.max():
+        return float(channel.min()), float(channel.min())
+    return percentile_range(channel)
+
+
+def _per_channel(values: Any) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)
 
 
 class RestoreIntensityd(MapTransform):
@@ -70,7 +87,8 @@ class RestoreIntensityd(MapTransform):
         magnitude_keys: those of ``keys`` that are differences or errors, which an offset must not shift.
 
     Example:
-        >>> source = MetaTensor(torch.zeros(1, 2, 2, 2), meta={"intensity_offset": 5.0, "intensity_scale": 2.0})
+        >>> meta = {"intensity_offset": torch.tensor([5.0]), "intensity_scale": torch.tensor([2.0])}
+        >>> source = MetaTensor(torch.zeros(1, 2, 2, 2), meta=meta)
         >>> RestoreIntensityd("pred", "image")({"image": source, "pred": torch.ones(1, 2, 2, 2)})["pred"].max()
         tensor(7.)
     """
@@ -90,7 +108,8 @@ class RestoreIntensityd(MapTransform):
         """Restore every key."""
         result = dict(data)
         meta = result[self.source_key].meta
-        offset, scale = float(meta["intensity_offset"]), float(meta["intensity_scale"])
+        offset, scale = (_per_channel(meta[f"intensity_{name}"]) for name in ("offset", "scale"))
         for key in self.key_iterator(result):
-            result[key] = result[key] * scale + (0.0 if key in self.magnitude_keys else offset)
+            restored = result[key] * scale.to(result[key].device)
+            result[key] = restored if key in self.magnitude_keys else restored + offset.to(restored.device)
         return result

@@ -52,7 +52,10 @@ class SameGridd(MapTransform):
         image = data[self.image_key]
         for key in self.key_iterator(dict(data)):
             mask = data[key]
-            names = loaded_name(mask, key), loaded_name(image, self.image_key)
+            names = [loaded_name(mask, key), loaded_name(image, self.image_key)]
+            if names[0] == names[1]:
+                # In a labelled folder the mask is called like its image.
+                names = [f"{kind} {name}" for kind, name in zip((key, self.image_key), names, strict=True)]
             if mask.shape[1:] != image.shape[1:]:
                 sizes = [" x ".join(str(int(n)) for n in x.shape[1:]) for x in (mask, image)]
                 raise DataError(
@@ -74,7 +77,8 @@ class ClassesToChannelsd(MapTransform):
 
     Args:
         keys: masks ``(1, X, Y, Z)`` of whole numbers.
-        classes: foreground class name to the values of the file; 0 is the background.
+        classes: foreground class name to the values of the file; 0 is the background. None for masks that hold the
+            probabilities of the classes already, which stay as they are.
 
     Shape:
         ``(1, X, Y, Z)`` to ``(len(classes), X, Y, Z)``.
@@ -92,11 +96,14 @@ class ClassesToChannelsd(MapTransform):
     def __init__(
         self,
         keys: KeysCollection,
-        classes: Mapping[str, Sequence[int]],
+        classes: Mapping[str, Sequence[int]] | None,
         *,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.classes = None
+        if classes is None:
+            return
         self.classes = {name: [int(v) for v in np.atleast_1d(values)] for name, values in classes.items()}
         declared = [value for values in self.classes.values() for value in values]
         if not declared or 0 in declared or len(set(declared)) != len(declared):
@@ -107,6 +114,8 @@ class ClassesToChannelsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Split every key."""
         result = dict(data)
+        if self.classes is None:
+            return result
         for key in self.key_iterator(result):
             mask = result[key]
             declared = [value for values in self.classes.values() for value in values]

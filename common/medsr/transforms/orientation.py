@@ -12,8 +12,10 @@ from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, RandomizableTransform
 from torch import Tensor
 
+from medsr.errors import SettingError
 from medsr.geometry import slice_axis, to_slice_last
 from medsr.metrics.volume import head_mask
+from medsr.settings import as_whole_list
 
 __all__ = ["RandSharpAxisLastd", "SliceAxisLast", "SliceAxisLastd", "permute_spatial"]
 
@@ -121,6 +123,10 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         shuffle: exchange the first two axes at random.
         label_key: a mask or probabilities; every second block is the best of ten in how much of it it holds.
         axes: the sharp axes, instead of what the metadata say.
+        step: blocks start at whole multiples of it along the last axis, rounded to voxels: with the ratio of a
+            super-resolved scan they hold whole slices of it.
+        foreground_key: where :class:`~medsr.transforms.intensity.PercentileToUnitd` has put the foreground; without it
+            the foreground is found anew.
 
     Shape:
         ``(C, X, Y, Z)`` to ``(C, H, W, L)``.
@@ -140,19 +146,25 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         shuffle: bool = True,
         label_key: str | None = None,
         axes: Sequence[int] | None = None,
+        step: float = 1.0,
+        foreground_key: str = "foreground",
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)
-        self.size, self.foreground, self.shuffle = tuple(int(s) for s in size), float(foreground), shuffle
-        self.label_key, self.axes = label_key, axes
+        if step < 1:
+            raise SettingError(f"step must be at least 1 voxel, got {step:g}")
+        self.step = float(step)
+        self.size = tuple(as_whole_list("block_size", size, 1))
+        self.foreground, self.shuffle = float(foreground), shuffle
+        self.label_key, self.axes, self.foreground_key = label_key, axes, foreground_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Cut the same block from every key."""
         result = dict(data)
         keys = list(self.key_iterator(result))
         first = result[keys[0]]
-        mask = result.get("foreground")
+        mask = result.get(self.foreground_key)
         mask = torch.as_tensor(head_mask(first[0])) if mask is None else torch.as_tensor(mask)
         share = self.foreground
         if self.label_key is not None and self.R.random() < 0.5:
@@ -163,8 +175,7 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         for key in keys:
             values = result[key].as_tensor() if isinstance(result[key], MetaTensor) else result[key]
             values = values.permute(0, *(1 + axis for axis in order))[(slice(None), *block)]
-            values = _pad_edge(values, self.size).flip(flips) if flips else _pad_edge(values, self.size)
-            result[key] = values.contiguous()
+            result[key] = self._padded(values).flip(flips).contiguous()
         return result
 
     def _draw(self, image: Tensor, mask: Tensor, wanted: float) -> tuple[list[int], tuple[slice, ...]]:
@@ -176,7 +187,11 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
             others = [axis for axis in range(3) if axis != last]
             order = [*(self.R.permutation(others).tolist() if self.shuffle else others), last]
             shape = [image.shape[1 + axis] for axis in order]
-            starts = [self.R.randint(max(1, n - s + 1)) for n, s in zip(shape, self.size, strict=True)]
+            steps = (1.0, 1.0, self.step)
+            starts = [
+                round(step * self.R.randint(max(1, int((n - s) / step) + 1)))
+                for n, s, step in zip(shape, self.size, steps, strict=True)
+            ]
             block = tuple(slice(start, start + s) for start, s in zip(starts, self.size, strict=True))
             share = float(mask.permute(order)[block][::4, ::4, ::4].float().mean())
             if best is None or share > best[0]:
@@ -186,10 +201,11 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         assert best is not None
         return best[1], best[2]
 
-
-def _pad_edge(values: Tensor, size: Sequence[int]) -> Tensor:
-    missing = [max(0, s - n) for s, n in zip(size, values.shape[1:], strict=True)]
-    if not any(missing):
-        return values
-    pads = [p for m in reversed(missing) for p in (m // 2, m - m // 2)]
-    return torch.nn.functional.pad(values[None], pads, mode="replicate")[0]
+    def _padded(self, values: Tensor) -> Tensor:
+        """Repeat the edges of a volume that is smaller than a block, along the last axis in whole steps before it."""
+        missing = [max(0, s - n) for s, n in zip(self.size, values.shape[1:], strict=True)]
+        if not any(missing):
+            return values
+        before = [missing[0] // 2, missing[1] // 2, round(missing[2] // 2 // self.step * self.step)]
+        pads = [p for m, b in zip(reversed(missing), reversed(before), strict=True) for p in (b, m - b)]
+        return torch.nn.functional.pad(values[None], pads, mode="replicate")[0]

@@ -6,9 +6,10 @@ slice profile and return to the input grid; neither states the affine of the thi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from medsr.errors import SettingError
-from medsr.geometry import rescaled_affine, spacing_of
+from medsr.geometry import rescaled_affine, rescaled_size, spacing_of
 from medsr.transforms.slice_profile import PROFILES, acquisition_matrix, as_profile, fwhm_in_voxels
 
 __all__ = [
@@ -29,7 +30,10 @@ __all__ = [
     "SimulateThickSlices",
     "SimulateThickSlicesd",
     "ThickSliceParameters",
+    "WholeSlabs",
+    "acquire_whole_slabs",
     "thick_slice_affine",
+    "whole_span",
 ]
 
 MIN_RATIO = 1.2
@@ -86,18 +90,99 @@ class ThickSliceParameters:
         )
 
 
+def whole_span(slices: int, ratio: float) -> int:
+    """Whole number of thin slices nearest to what thick ones span, rounded up where fewer would not count as thick.
+
+    Args:
+        slices: number of thick slices.
+        ratio: wanted ratio of spacings; the span divided by ``slices`` is the one that can be had.
+
+    Example:
+        >>> whole_span(12, 2.3), whole_span(12, 1.2)
+        (28, 15)
+    """
+    count = round(slices * ratio)
+    return math.ceil(slices * ratio) if count / slices < MIN_RATIO else count
+
+
+class WholeSlabs(NamedTuple):
+    """A volume cut to whole slabs, thin and acquired thick: one field of view, each with its affine.
+
+    Attributes:
+        thin: what is left of the volume.
+        thick: the slices that were acquired from it.
+        matrix: what acquires them, ``(thick slices, thin slices)``.
+    """
+
+    thin: MetaTensor
+    thick: MetaTensor
+    matrix: Tensor
+
+
+def acquire_whole_slabs(
+    volume: Tensor, parameters: ThickSliceParameters, *, is_label: bool = False
+) -> WholeSlabs:
+    """Cut a volume to as many whole slabs as fit, centred, and acquire them: a pair for comparisons.
+
+    As many thin slices are kept as a method makes of the thick ones (:func:`~medsr.geometry.rescaled_size`), so that
+    a result lies on the grid of ``thin``. With a ratio that is no whole number they may be half a slice fewer than
+    the slabs are long; whoever counts the slabs again from them finds one too few.
+
+    Args:
+        volume: thin slices, last.
+        parameters: the acquisition.
+        is_label: average one-hot labels over the slab instead of applying the profile.
+
+    Shape:
+        ``(C, X, Y, Z)`` to ``(C, X, Y, round(n * ratio))`` and ``(C, X, Y, n)``.
+
+    Raises:
+        SettingError: if the volume is shorter than one slab.
+
+    Example:
+        >>> found = acquire_whole_slabs(torch.ones(1, 4, 4, 117), ThickSliceParameters(2.7))
+        >>> found.thin.shape[-1], found.thick.shape[-1]
+        (116, 43)
+    """
+    size, count = volume.shape[-1], parameters.thick_size(volume.shape[-1])
+    kept = rescaled_size(count, parameters.ratio)
+    if kept > size:
+        raise SettingError(
+            f"{size} slices are fewer than the {kept} of a slab at ratio {parameters.ratio:g}; lower the ratio"
+        )
+    start = (size - kept) // 2
+    affine = _affine(volume).copy()
+    affine[:3, 3] += affine[:3, 2] * start
+    values = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
+    thin = MetaTensor(values[..., start : start + kept], affine=torch.as_tensor(affine))
+    matrix = parameters.label_matrix(kept, count) if is_label else parameters.matrix(kept, count)
+    weights = torch.as_tensor(matrix, dtype=torch.float32, device=volume.device)
+    return WholeSlabs(thin, _acquired(thin, weights, parameters, axis=2), weights)
+
+
 def thick_slice_affine(
-    affine: npt.ArrayLike, parameters: ThickSliceParameters, *, size: int, axis: int = 2
+    affine: npt.ArrayLike,
+    parameters: ThickSliceParameters,
+    *,
+    size: int,
+    thick_size: int | None = None,
+    axis: int = 2,
 ) -> npt.NDArray[np.float64]:
     """Affine of the thick volume that ``parameters`` acquire from ``size`` thin slices along ``axis``.
+
+    Args:
+        affine: voxel-to-world matrix of the thin volume.
+        parameters: the acquisition.
+        size: number of thin slices.
+        thick_size: number of thick slices; default as many as fit entirely.
+        axis: array axis of the slices.
 
     Example:
         >>> thick_slice_affine(np.eye(4), ThickSliceParameters(4.0), size=8)[2].tolist()
         [0.0, 0.0, 4.0, 1.5]
     """
-    matrix = rescaled_affine(
-        affine, axis, size=size, new_size=parameters.thick_size(size), ratio=1 / parameters.ratio
-    )
+    new_size = parameters.thick_size(size) if thick_size is None else thick_size
+    matrix = rescaled_affine(affine, axis, size=size, new_size=new_size, ratio=1 / parameters.ratio)
     matrix[:3, 3] += np.asarray(affine, dtype=np.float64)[:3, axis] * parameters.phase
     return matrix
 
@@ -134,7 +219,9 @@ class SimulateThickSlices(Transform):
         is_label: bool = False,
     ) -> None:
         self.slice_spacing_mm = float(slice_spacing_mm)
-        self.slice_thickness_mm = float(slice_thickness_mm or slice_spacing_mm)
+        self.slice_thickness_mm = float(
+            slice_spacing_mm if slice_thickness_mm is None else slice_thickness_mm
+        )
         self.profile = as_profile(profile)
         self.axis = axis
         self.is_label = is_label
@@ -286,9 +373,15 @@ def _acquire(image: Tensor, axis: int, parameters: ThickSliceParameters, is_labe
     size = image.shape[1 + axis]
     matrix = parameters.label_matrix(size) if is_label else parameters.matrix(size)
     weights = torch.as_tensor(matrix, dtype=torch.float32, device=image.device)
+    return _acquired(image, weights, parameters, axis=axis)
+
+
+def _acquired(image: Tensor, weights: Tensor, parameters: ThickSliceParameters, *, axis: int) -> MetaTensor:
+    """The thick volume that the matrix ``weights`` makes of the image, and what a header says of it."""
+    thick_size, size = weights.shape
     values = torch.as_tensor(image.as_tensor() if isinstance(image, MetaTensor) else image).float()
     values = torch.moveaxis(torch.moveaxis(values, 1 + axis, -1) @ weights.T, -1, 1 + axis)
-    affine = thick_slice_affine(_affine(image), parameters, size=size, axis=axis)
+    affine = thick_slice_affine(_affine(image), parameters, size=size, thick_size=thick_size, axis=axis)
     meta = dict(image.meta) if isinstance(image, MetaTensor) else {}
     meta["slice_thickness_mm"] = (
         parameters.ratio * parameters.thickness * float(spacing_of(_affine(image))[axis])

@@ -25,6 +25,9 @@ from medsr.transforms.orientation import permute_spatial
 
 __all__ = ["ResampleThroughPlaned", "UpdateGeometryd"]
 
+_KEPT = ("sform_code", "qform_code", "filename_or_obj", "step", "step_unit")
+"""What the file of a result needs of the metadata of its source."""
+
 
 class ResampleThroughPlaned(MapTransform):
     """Interpolate a slices-last volume to thin slices on the same field of view, and note which axes are sharp.
@@ -126,7 +129,7 @@ class UpdateGeometryd(MapTransform):
             image = result[key]
             values = image.as_tensor() if isinstance(image, MetaTensor) else image
             new = rescaled_affine(affine, axis, size=size, new_size=values.shape[1 + axis], ratio=ratio)
-            kept = {k: v for k, v in meta.items() if k in ("sform_code", "qform_code", "filename_or_obj")}
+            kept = {k: v for k, v in meta.items() if k in _KEPT}
             result[key] = MetaTensor(values, affine=torch.as_tensor(new), meta=kept)
             if self.slices_last:
                 result[key] = permute_spatial(result[key], to_slice_last(axis))

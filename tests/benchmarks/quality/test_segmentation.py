@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import commands as run_commands
 from benchmarks.quality import segmentation
 
 
@@ -31,6 +33,7 @@ class Commands:
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
     commands = Commands()
     monkeypatch.setattr(segmentation, "run_config", commands)
+    monkeypatch.setattr(run_commands, "run_config", commands)
     monkeypatch.setattr(segmentation, "write_study", lambda *_, **__: None)
     (tmp_path / "out" / "thick" / "labels").mkdir(parents=True)
     return commands
@@ -53,3 +56,32 @@ def test_one_island_setting_holds_for_the_whole_table(commands, tmp_path, monkey
     assert f"min_island_fraction is {fraction:g}" in report.read_text()
     networks = [row["network"] for row in saved["rows"]]
     assert networks == ["perfect thick mask", "ours", "plain", "trained on true thin slices"]
+
+
+def test_every_step_knows_the_classes_of_the_study(commands, tmp_path, monkeypatch):
+    given = ["structures", str(tmp_path / "out"), "--cases", "vxm"]
+    monkeypatch.setattr(sys, "argv", ["segmentation", *given])
+    segmentation.main()
+    names = ["ventricle", "thalamus", "striatum", "hippocampus", "brain_stem"]
+    for step in ("labels", "pseudo", "trained on true thin slices", "comparison"):
+        assert list(commands.asked[step]["classes"]) == names
+    trained = {"start", "ours", "plain", "trained on true thin slices", "comparison"}
+    assert {
+        name for name, settings in commands.asked.items() if settings.get("label_classes") == 5
+    } == trained
+
+
+def test_steps_are_done_once_and_never_mixed_with_those_of_other_settings(commands, tmp_path, monkeypatch):
+    def run(*words: str) -> None:
+        given = ["tumour", str(tmp_path / "out"), "--cases", "glioma-3", "--only", "ours", *words]
+        monkeypatch.setattr(sys, "argv", ["segmentation", *given])
+        segmentation.main()
+
+    run()
+    commands.asked.clear()
+    shutil.rmtree(tmp_path / "out" / "glioma-3" / "comparison")
+    run()
+    assert set(commands.asked) == {"comparison"}
+    shutil.rmtree(tmp_path / "out" / "glioma-3" / "ours")
+    with pytest.raises(SystemExit, match=r"start: was made with other settings; remove it"):
+        run("--start-iterations", "2000")

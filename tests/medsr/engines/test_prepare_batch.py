@@ -6,7 +6,7 @@ import torch
 from medsr.engines.prepare_batch import PreparePair, PrepareThickSlices
 from medsr.errors import SettingError
 from medsr.geometry import slice_positions
-from medsr.transforms.thick_slices import ThickSliceParameters
+from medsr.transforms.thick_slices import MIN_RATIO, ThickSliceParameters
 from torch import Tensor
 
 
@@ -77,6 +77,19 @@ def test_the_ratio_is_drawn_over_its_range_and_rounded_to_whole_voxels():
     assert 6.5 < max(found) < 8.2
     # Uniform in the logarithm: the median is the geometric mean of the ends.
     assert 3.2 < float(np.median(found)) < 5.0
+
+
+@pytest.mark.parametrize("length", [17, 18, 20, 24])
+def test_the_smallest_ratio_is_told_as_it_was_acquired(length):
+    image = torch.arange(float(length)).expand(1, 1, 3, 3, length) / length
+    prepare = plain(ratio=(1.2, 1.22), thickness=(0.9, 0.9), profiles={"gaussian": 1.0})
+    for _ in range(20):
+        inputs, targets, _, facts = prepare({"image": image})
+        count, size = inputs.shape[-1], targets.shape[-1]
+        assert facts["scale"] == size / count >= MIN_RATIO
+        # On a ramp slices are as far apart as they were acquired.
+        first, last = inputs[0, 0, 0, 0, [2, -3]] * length
+        assert float(last - first) / (count - 5) == pytest.approx(facts["scale"], abs=0.01)
 
 
 def test_the_number_of_slices_is_limited():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from medsr.engines.pseudo_thick import PreparePseudoThick
+from medsr.engines.pseudo_thick import PreparePseudoThick, block_size, block_step
 from medsr.errors import SettingError
 
 
@@ -31,6 +31,22 @@ def test_without_phase_the_middle_of_the_block_is_acquired():
     assert torch.allclose(
         targets["uncertainty"], given["uncertainty"].unflatten(-1, (5, 4)).mean(-1), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("phase", [0, 0.25, 0.5])
+@pytest.mark.parametrize("ratio", [1.5, 3.3, 4.0, (2.1, 4.4)])
+def test_a_block_has_room_for_the_slices_wherever_they_are_taken(ratio, phase):
+    length = block_size((6, 5, 5), ratio, phase)[-1]
+    prepare = plain(ratio=ratio, phase=phase)
+    for _ in range(20):
+        assert prepare(batch(length))[0].shape[-1] == 5
+
+
+def test_blocks_of_a_scans_own_slices_start_at_whole_slices():
+    assert block_step(3.3, phase=0.5) == 1
+    assert block_step(3.3, phase=0) == block_step((3.3, 3.3), phase=0) == 3.3
+    with pytest.raises(SettingError, match="one ratio, got the range 3 to 4"):
+        block_step((3, 4), phase=0)
 
 
 def test_the_mask_of_a_slice_is_what_fills_most_of_it():
@@ -103,3 +119,8 @@ def test_a_short_block_is_refused():
         SettingError, match=r"a block of 20 voxels is too short for 5 slices of 4 voxels .* 24"
     ):
         plain()(batch(20))
+
+
+def test_the_smallest_ratios_are_not_rounded_below_what_counts_as_thick():
+    prepare = plain(ratio=(1.2, 1.3), slices=12, phase=0)
+    assert {round(prepare(batch(20))[3]["scale"], 3) for _ in range(30)} <= {1.25, 1.333}

@@ -254,8 +254,11 @@ def test_a_volume_without_geometry_or_with_channels_is_refused(image, word):
 
 
 def test_a_target_coarser_than_the_slices_is_refused():
-    with pytest.raises(SettingError, match="target_spacing_mm 5 is coarser than the slices of 4 mm"):
-        inferer(spacing_mm=5.0)(volume(), Echo())
+    for wanted, text in ((5.0, "5"), (1e9, "1e[+]09")):
+        with pytest.raises(
+            SettingError, match=f"target_spacing_mm {text} is coarser than the slices of 4 mm"
+        ):
+            inferer(spacing_mm=wanted)(volume(), Echo())
 
 
 @pytest.mark.parametrize(
@@ -268,6 +271,9 @@ def test_a_target_coarser_than_the_slices_is_refused():
         ({"overlap": 1.0}, "overlap"),
         ({"overlap": -0.1}, "overlap"),
         ({"amp": "half"}, "amp"),
+        ({"spacing_mm": "abc"}, "target_spacing_mm must be a number > 0, got 'abc'"),
+        ({"overlap": "x"}, "overlap must be a number, got 'x'"),
+        ({"mirror": "off"}, "mirror must be true or false, got 'off'"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, name):

@@ -27,7 +27,8 @@ def make(classes: int = 2, **settings) -> ThickSegmentationLoss:
 def only(*terms: str, **settings) -> ThickSegmentationLoss:
     """The thick terms, and those of the rest that are named."""
     off = {f"{term}_weight": 0 for term in ("uncertainty", "thin", "cosine", "pairwise") if term not in terms}
-    return make(**{**off, **settings})
+    thick_dice = {"thick_dice_weight": "uncertainty" not in terms}
+    return make(**{**off, **thick_dice, **settings})
 
 
 def probabilities(*shape: int) -> Tensor:
@@ -126,12 +127,17 @@ def test_the_weight_falls_on_every_sample_and_slice_of_its_own():
         assert gradient.nonzero().tolist() == [list(place)]
 
 
-def test_without_uncertainty_the_thick_grid_gets_dice_as_well():
-    pred, target = voxels([math.log(3), -math.log(3)], [1, 1])
+def test_dice_of_the_thick_grid_is_weighted_and_knows_no_uncertainty():
+    pred, target = voxels([math.log(3), -math.log(3)], [1, 1], uncertainty=[0.0, 1.0])
+    dice = 1 - 2 * (0.75 + 0.25) / (1 + 2)
     loss = only()
     loss(pred, target)
     assert loss.last_terms["thick_cross_entropy"] == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
-    assert loss.last_terms["thick_dice"] == pytest.approx(1 - 2 * (0.75 + 0.25) / (1 + 2), rel=1e-4)
+    assert loss.last_terms["thick_dice"] == pytest.approx(dice, rel=1e-4)
+    loss = only("uncertainty", uncertainty_weight=1.0, thick_dice_weight=0.5)
+    loss(pred, target)
+    assert loss.last_terms["thick_cross_entropy"] == pytest.approx(-math.log(0.75) / 2)
+    assert loss.last_terms["thick_dice"] == pytest.approx(0.5 * dice, rel=1e-4)
 
 
 def test_the_thin_terms_by_hand():

@@ -316,6 +316,7 @@ def test_weights_and_results_are_those_of_the_last_release(golden):
     [
         ({"classes": 1}, "classes >= 2.* got 1, "),
         ({"width": 1}, "width >= 2.* 1, "),
+        ({"width": "x"}, "width must be a whole number, got 'x'"),
         ({"thin_kernel": 4}, "odd thin_kernel.* 4$"),
         ({"thin_channels": 0}, "thin_channels >= 1.* 0, "),
         ({"patch_size": (8, 8, 4)}, r"\(8, 8, 4\).* 2 stages of at least 3"),

@@ -76,11 +76,17 @@ def test_a_value_outside_the_map_is_named_with_its_file(foreign):
         ({"background": [0], "instrument": [0, 1]}, [255]),
         ({"background": [0], "instrument": []}, [255]),
         ({"background": [0], "instrument": [255]}, [255]),
+        ({"background": [0], "instrument": ["x"]}, [255]),
     ],
 )
 def test_a_map_that_is_none_is_refused(label_map, ignore):
     with pytest.raises(SettingError, match="label_map"):
         GreysToClassesd("label", label_map, ignore)
+
+
+def test_words_are_no_grey_values_to_ignore():
+    with pytest.raises(SettingError, match=r"ignore must be a list of whole numbers >= 0, got \('a',\)"):
+        GreysToClassesd("label", LABEL_MAP, ["a"])
 
 
 def test_another_size_than_the_image_is_refused_with_both():

@@ -48,6 +48,26 @@ def test_the_foreground_fills_the_unit_interval_whatever_the_scale(volume, varia
     assert np.percentile(inside, 99.9) == pytest.approx(1, abs=0.02)
 
 
+def test_every_channel_fills_the_unit_interval_and_comes_back(volume):
+    channels = torch.cat([volume, 1000 * volume + 50, torch.full_like(volume, 7)])
+    item = PercentileToUnitd("image")({"image": MetaTensor(channels)})
+    unit = item["image"]
+    for one in unit[:2]:
+        assert 0.9 < one.max() < 1.5
+    assert torch.equal(unit[2], torch.zeros_like(unit[2]))
+    restored = RestoreIntensityd(["pred", "error"], magnitude_keys="error")(
+        {"image": unit, "pred": unit.as_tensor(), "error": torch.ones_like(unit.as_tensor())}
+    )
+    np.testing.assert_allclose(restored["pred"].numpy(), channels.numpy(), rtol=1e-4, atol=1e-2)
+    sizes = restored["error"].amax((1, 2, 3)).tolist()
+    assert sizes[1] == pytest.approx(1000 * sizes[0], rel=1e-3)
+
+
+def test_a_volume_alone_without_contrast_is_refused():
+    with pytest.raises(DataError):
+        PercentileToUnitd("image")({"image": MetaTensor(torch.full((2, 8, 8, 8), 3.0))})
+
+
 def test_nothing_is_clipped(volume):
     values = volume.clone()
     values[0, 16, 16, 16] = 50 * volume.max()
@@ -69,8 +89,8 @@ def test_metadata_hold_the_map_and_the_input_is_untouched(volume):
     image.applied_operations = [{"class": "SliceAxisLast"}]
     unit = PercentileToUnitd("image")({"image": image})["image"]
     scale, offset = unit.meta["intensity_scale"], unit.meta["intensity_offset"]
-    assert isinstance(scale, float)
-    np.testing.assert_allclose(unit.numpy() * scale + offset, volume.numpy(), atol=1e-3)
+    assert scale.shape == offset.shape == (1,)
+    np.testing.assert_allclose(unit.numpy() * scale.item() + offset.item(), volume.numpy(), atol=1e-3)
     assert unit.meta["slice_thickness_mm"] == 3.0
     assert torch.equal(unit.affine, affine)
     assert unit.applied_operations == image.applied_operations
@@ -84,13 +104,6 @@ def test_every_key_has_its_own_map(volume):
     np.testing.assert_allclose(found["image"].numpy(), found["other"].numpy(), atol=0.01)
     ratio = found["other"].meta["intensity_scale"] / found["image"].meta["intensity_scale"]
     assert ratio == pytest.approx(3, rel=0.01)
-
-
-def test_channels_share_one_map(volume):
-    image = MetaTensor(torch.cat([volume, volume * 2]))
-    unit = PercentileToUnitd("image")({"image": image})["image"]
-    offset, scale = unit.meta["intensity_offset"], unit.meta["intensity_scale"]
-    np.testing.assert_allclose((unit[1] * scale + offset).numpy(), 2 * volume[0].numpy(), atol=1e-3)
 
 
 def test_integers_are_scaled_as_floats(volume):

@@ -36,6 +36,12 @@ def test_another_grid_is_refused_with_both_names(label, words):
     assert "folder" not in str(caught.value)
 
 
+@pytest.mark.parametrize("label", [volume((4, 5, 7)), volume(shift_mm=2.0)], ids=["shape", "origin"])
+def test_a_mask_that_is_called_like_its_image_is_told_from_it(label):
+    with pytest.raises(DataError, match=r"^label a\.nii\.gz: .* image a\.nii\.gz"):
+        checked(label)
+
+
 def test_a_tilt_that_keeps_the_origin_is_seen():
     label = volume()
     label.affine[0, 2] = 0.1

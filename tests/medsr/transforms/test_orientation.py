@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from medsr.errors import GeometryError
+from medsr.errors import GeometryError, SettingError
 from medsr.geometry import spacing_of
 from medsr.transforms.orientation import RandSharpAxisLastd, SliceAxisLast, SliceAxisLastd, permute_spatial
 from monai.data import MetaTensor, decollate_batch, list_data_collate
@@ -283,3 +283,41 @@ def test_every_second_block_looks_for_the_mask():
     empty = {**item, "label": torch.zeros_like(label)}
     cut = RandSharpAxisLastd(["image", "label"], (12, 12, 12), 0.0, label_key="label").set_random_state(0)
     assert cut(empty)["label"].shape == (1, 12, 12, 12)
+
+
+@pytest.mark.parametrize("step", [4.0, 2.5])
+@pytest.mark.parametrize("slices", [12, 5, 2])
+def test_blocks_hold_whole_steps_of_a_volume_of_whole_steps(step, slices):
+    count = round(slices * step)
+    slab = ((torch.arange(count) + 0.5) / step).floor()
+    image = MetaTensor((slab + 1).expand(1, 8, 8, count).clone())
+    length = 4 * 5 if step == 2.5 else 4 * 4
+    cut = RandSharpAxisLastd("image", (8, 8, length), 0.0, axes=[2], step=step).set_random_state(seed=0)
+    firsts = set()
+    for _ in range(40):
+        line = cut({"image": image})["image"][0, 0, 0]
+        edges = (line.diff().nonzero().ravel() + 1).tolist()
+        # Halves are rounded, in the volume and in the block.
+        allowed = 0 if step.is_integer() else 1
+        assert all(abs(edge - round(edge / step) * step) <= allowed for edge in edges)
+        firsts.add(int(line[0]))
+    assert len(firsts) > 1
+
+
+def test_a_step_below_one_voxel_is_named():
+    with pytest.raises(SettingError, match=r"step must be at least 1 voxel, got 0.5"):
+        RandSharpAxisLastd("image", step=0.5)
+
+
+def test_the_foreground_is_taken_from_its_key():
+    image = MetaTensor(torch.rand(1, 40, 40, 40) + 1)
+    item = {"image": image, "brain": torch.zeros(40, 40, 40, dtype=torch.bool)}
+    item["brain"][:12, :12, :12] = True
+
+    def centre(**settings) -> float:
+        cut = RandSharpAxisLastd("image", (12, 12, 12), 1.0, shuffle=False, axes=[2], **settings)
+        cut.set_random_state(seed=0)
+        item["image"] = MetaTensor(torch.arange(40.0).view(1, 40, 1, 1).expand(1, 40, 40, 40).clone() + 1)
+        return sum(float(cut(item)["image"].mean()) for _ in range(20)) / 20
+
+    assert centre(foreground_key="brain") < centre() - 3

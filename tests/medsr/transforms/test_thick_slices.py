@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from medsr.errors import SettingError
-from medsr.geometry import spacing_of
+from medsr.geometry import rescaled_affine, rescaled_size, spacing_of
 from medsr.phantoms import ramp
 from medsr.transforms.slice_profile import PROFILES
 from medsr.transforms.thick_slices import (
@@ -15,6 +15,7 @@ from medsr.transforms.thick_slices import (
     SimulateThickSlices,
     SimulateThickSlicesd,
     ThickSliceParameters,
+    acquire_whole_slabs,
     thick_slice_affine,
 )
 from monai.data import MetaTensor
@@ -115,6 +116,55 @@ def test_as_many_slices_as_fit(size, ratio, count):
     assert ThickSliceParameters(ratio).label_matrix(size).shape == (count, size)
 
 
+WHOLE_SLABS = pytest.mark.parametrize("ratio", [2.5, 2.7, 3.3, 3.5, 4.0])
+
+
+@WHOLE_SLABS
+@pytest.mark.parametrize("is_label", [False, True])
+def test_whole_slabs_and_what_is_left_of_the_volume_share_one_centre(ratio, is_label):
+    affine = affine_of((1, 2, 0), (1, -1, -1), (10, 20, 30), spacing=(0.8, 0.9, 1.1))
+    parameters = ThickSliceParameters(ratio, 0.8)
+    for size in range(117, 133):
+        values = ramp([3, 4, size], affine=affine, direction=(0.3, -0.5, 0.8))
+        values -= values.mean()
+        thin, thick, matrix = acquire_whole_slabs(image_of(values, affine), parameters, is_label=is_label)
+        count = thick.shape[-1]
+        assert count == parameters.thick_size(size)
+        assert thin.shape[-1] == rescaled_size(count, ratio)
+        assert matrix.shape == (count, thin.shape[-1])
+        # What a method makes of the thick slices lies on the thin ones.
+        again = rescaled_affine(thick.affine.numpy(), 2, size=count, new_size=thin.shape[-1], ratio=ratio)
+        np.testing.assert_allclose(again, thin.affine, atol=1e-9)
+        start = (size - thin.shape[-1]) // 2
+        np.testing.assert_allclose(thin.numpy()[0], values[..., start : start + thin.shape[-1]], atol=1e-4)
+        # A ramp shows where the slices claim to be, and where they are.
+        for found in (thin, thick):
+            offset = ramp([3, 4, size], affine=affine, direction=(0.3, -0.5, 0.8)).mean()
+            expected = ramp(found.shape[1:], affine=found.affine.numpy(), direction=(0.3, -0.5, 0.8)) - offset
+            assert np.abs(found.numpy()[0] - expected)[..., 2:-2].max() < 0.05
+
+
+def test_the_sizes_of_whole_slabs_round_halves_up():
+    # round() takes 122.5 for 122; no method makes 122 slices of 49.
+    found = acquire_whole_slabs(torch.ones(1, 3, 3, 123), ThickSliceParameters(2.5))
+    assert (found.thin.shape[-1], found.thick.shape[-1]) == (123, 49)
+
+
+def test_a_volume_shorter_than_a_slab_is_refused():
+    with pytest.raises(SettingError, match="3 slices are fewer than the 4 of a slab at ratio 4; lower"):
+        acquire_whole_slabs(torch.ones(1, 3, 3, 3), ThickSliceParameters(4.0))
+
+
+def test_whole_slabs_leave_the_volume_as_it_was():
+    image = image_of(np.random.default_rng(0).random((4, 4, 24)), np.diag([2, 2, 1.5, 1]))
+    before = image.clone()
+    thin, thick, _ = acquire_whole_slabs(image, ThickSliceParameters(5.0, 0.6))
+    assert thick.meta["slice_thickness_mm"] == pytest.approx(4.5)
+    assert torch.equal(image.as_tensor(), before.as_tensor())
+    assert torch.equal(image.affine, before.affine)
+    assert thin.affine[2, 3] == pytest.approx(2 * 1.5)
+
+
 @pytest.mark.parametrize("profile", [*PROFILES, TAPS], ids=str)
 @pytest.mark.parametrize("thickness", [2.0, 3.5, 4.0])
 def test_a_constant_stays_constant(profile, thickness):
@@ -208,6 +258,9 @@ def test_slices_that_are_not_thick_are_refused():
         SimulateThickSlices(1.1)(torch.rand(1, 3, 3, 8))
     with pytest.raises(SettingError, match="thickness must be > 0"):
         SimulateThickSlices(4.0, -1.0)(torch.rand(1, 3, 3, 8))
+    # Only what is not given is the spacing.
+    with pytest.raises(SettingError, match="thickness must be > 0, got 0"):
+        SimulateThickSlices(4.0, 0.0)(torch.rand(1, 3, 3, 8))
     with pytest.raises(SettingError, match="got 'none'"):
         SimulateThickSlices(4.0, profile="none")(torch.rand(1, 3, 3, 8))
     with pytest.raises(SettingError, match="got 'none'"):

@@ -123,8 +123,9 @@ def test_a_result_gets_the_affine_of_its_own_grid_after_the_inverse(ratio, axis,
 def test_results_keep_what_a_file_needs_and_nothing_of_the_processing():
     affine = affine_of((1, 1, 4))
     meta = source_meta(
-        affine, (4, 4, 5), sform_code=2, qform_code=1, filename_or_obj="a.nii", intensity_scale=7.0
-    )
+        affine, (4, 4, 5), sform_code=2, qform_code=1, filename_or_obj="a.nii", intensity_scale=7.0,
+        step=2.5, step_unit="sec",
+    )  # fmt: skip
     source = MetaTensor(torch.rand(1, 4, 4, 5), affine=torch.eye(4), meta=meta)
     pred = MetaTensor(torch.rand(2, 4, 4, 20), affine=torch.as_tensor(affine), meta={"stale": 1})
     item = {"image": source, "pred": pred, "uncertainty": torch.rand(2, 4, 4, 20)}
@@ -133,6 +134,7 @@ def test_results_keep_what_a_file_needs_and_nothing_of_the_processing():
         assert found[key].meta["sform_code"] == 2
         assert found[key].meta["qform_code"] == 1
         assert found[key].meta["filename_or_obj"] == "a.nii"
+        assert (found[key].meta["step"], found[key].meta["step_unit"]) == (2.5, "sec")
         assert not {"stale", "intensity_scale"} & set(found[key].meta)
         assert torch.equal(torch.as_tensor(found[key].as_tensor()), torch.as_tensor(item[key]))
         np.testing.assert_allclose(spacing_of(found[key].affine), 1)
