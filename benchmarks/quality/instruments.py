@@ -4,8 +4,9 @@
 
 The bundle's own commands do the work. SPP-LinkNet and MONAI's FlexibleUNet are trained for equal minutes, one after the
 other, on the frames of one source, and segment the frames of the other: another animal or patient, another camera,
-other instruments. Then the same frames are made small, restored by interpolation and by super-resolution, and segmented
-again. A step that has been done is not done again, so that a run that was stopped goes on.
+other instruments. They also segment those that they were trained on, which tells whether they learnt at all. Then the
+frames of the other source are made small, restored by interpolation and by super-resolution, and segmented again. A
+step that has been done is not done again, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from medsr.io.masks import find_labelled_frames, group_of
 from medsr.io.writing import write_json
 from medsr.metrics.frames import summary
 
-from benchmarks.commands import run_config
+from benchmarks.commands import run_once
 from benchmarks.quality.instrument_folder import write_cholecseg8k, write_endovis17
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ NETWORKS: dict[str, list[str]] = {"SPP-LinkNet": [], "FlexibleUNet": ["flexible_
 
 SHIPPED = {4: "models/model.pt", 2: "models/x2/model.pt"}
 """Weights of the super-resolution by scale; a scale without is studied by interpolation alone."""
+
+LEARNT_FROM = ("endovis17",)
+"""Sources of which frames are in the training of the super-resolution: ``benchmarks/quality/stereo_folder.py``."""
 
 ENOUGH = 10**6
 """Iterations that no budget of minutes reaches."""
@@ -53,8 +57,13 @@ Protocol: {protocol}. IoU and Dice are means and standard deviations over the fr
 
 STUDY = """Each frame was made small ({degradation}), restored, and segmented; `sharp` is the frame itself. `closed`
 is the share of the loss in Dice from sharp to bicubic that super-resolution brings back; it says nothing where bicubic
-loses less than the scatter of the frames. The shipped SEGSRNet learnt from frames of EndoVis 2017 among many others,
-these five included: on them its rows are too good.
+loses less than the scatter of the frames. The shipped SEGSRNet learnt from the frames of {learnt_from}, among many
+others: its rows there are too good, and `closed` is left out.
+"""
+
+OWN = """## On the frames of the training
+
+The same networks on the sharp frames that they were trained on: a check that they learnt, and nothing more.
 """
 
 
@@ -78,14 +87,21 @@ def main() -> None:
         "minutes": arguments.minutes,
         "iterations": ENOUGH,
     }
-    groups = arguments.groups or sorted({group_of(item["case"]) for item in find_labelled_frames(folder)})
-    rows, runs = [], []
+    sources = sorted({group_of(item["case"]) for item in find_labelled_frames(folder)})
+    groups = arguments.groups or sources
+    rows, own, runs = [], [], []
     for group in groups:
         for network in NETWORKS:
             runs.append({"left out": group, "network": network, **trained(output, group, network, training)})
             rows += segmented(output, group, network, [1, *arguments.scales])
-    write_json(output / "instruments.json", {"protocol": FRAME_PROTOCOL, "runs": runs, "rows": rows})
-    text = page(rows, runs, minutes=arguments.minutes)
+            own += on_own_frames(output, group, network, sources)
+    found = {"protocol": FRAME_PROTOCOL, "runs": runs, "rows": rows, "rows of the training": own}
+    write_json(output / "instruments.json", found)
+    command = (
+        f"python -m benchmarks.quality.instruments OUTPUT --groups {' '.join(groups)} --minutes {arguments.minutes:g} "
+        f"--scales {' '.join(map(str, arguments.scales))}"
+    )
+    text = page(rows, own, runs, command=command.strip(), minutes=arguments.minutes)
     print(text)
     if arguments.report:
         arguments.report.write_text(text, encoding="utf-8")
@@ -94,57 +110,69 @@ def main() -> None:
 def trained(output: Path, group: str, network: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Train without a group, unless that was done, and tell how far the budget went."""
     done = output / group / network
-    if not done.exists():
-        _log.info("%s: training without %s", network, group)
-        run_config(
-            BUNDLE,
-            ["train.json", *NETWORKS[network]],
-            {"dataset_dir": output / "all", "leave_out": [group], **settings},
-            output=done,
-        )
+    _log.info("%s: training without %s", network, group)
+    run_once(
+        BUNDLE,
+        ["train.json", *NETWORKS[network]],
+        {"dataset_dir": output / "all", "leave_out": [group], **settings},
+        output=done,
+    )
     record = json.loads((done / "train_record.json").read_text(encoding="utf-8"))
     return {key: record[key] for key in ("iterations", "minutes")}
 
 
 def segmented(output: Path, group: str, network: str, scales: Sequence[int]) -> list[dict[str, Any]]:
-    """Segment the frames of a group, sharp and at each scale, unless that was done, and return the rows."""
+    """Segment the frames of the group that was left out, sharp and at each scale, and return the rows."""
     rows = []
     for scale in scales:
-        done = output / group / f"{network}_x{scale}"
-        weights = catalog.bundle_root(SUPERRES) / SHIPPED[scale] if scale > 1 else None
-        if not done.exists():
-            _log.info("%s: frames of %s, x%d", network, group, scale)
-            study: dict[str, Any] = {"study_scale": None if weights is None else scale}
-            if weights is not None and weights.exists():
+        study: dict[str, Any] = {}
+        if scale > 1:
+            study["study_scale"] = scale
+            weights = catalog.bundle_root(SUPERRES) / SHIPPED[scale]
+            if weights.exists():
                 study["superres_weights"] = {"SEGSRNet": str(weights)}
-            run_config(
-                BUNDLE,
-                ["inference.json", *NETWORKS[network], "evaluate.json"],
-                {
-                    "dataset_dir": output / "all",
-                    "groups": [group],
-                    "weights": output / group / network / "model.pt",
-                    **study,
-                },
-                output=done,
-            )
-        found = json.loads((done / "frames.json").read_text(encoding="utf-8"))["rows"]
-        rows += [{**row, "network": network} for row in found]
+        rows += _scored(output, group, network, step=f"x{scale}", settings={"groups": [group], **study})
     return rows
 
 
-def page(rows: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], *, minutes: float) -> str:
-    """The page in Markdown."""
-    head = HEAD.format(
-        command="python -m benchmarks.quality.instruments",
-        minutes=minutes,
-        protocol=FRAME_PROTOCOL,
+def on_own_frames(output: Path, group: str, network: str, sources: Sequence[str]) -> list[dict[str, Any]]:
+    """Segment the sharp frames that a network was trained on, all but those of a group, and return the rows."""
+    own = [source for source in sources if source != group]
+    return _scored(output, group, network, step="own", settings={"groups": own})
+
+
+def _scored(
+    output: Path, group: str, network: str, *, step: str, settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of frames that a network which was trained without a group segments, unless that was done."""
+    done = output / group / f"{network}_{step}"
+    _log.info("%s without %s: frames of %s, %s", network, group, ", ".join(settings["groups"]), step)
+    run_once(
+        BUNDLE,
+        ["inference.json", *NETWORKS[network], "evaluate.json"],
+        {"dataset_dir": output / "all", "weights": output / group / network / "model.pt", **settings},
+        output=done,
     )
+    found = json.loads((done / "frames.json").read_text(encoding="utf-8"))["rows"]
+    return [{**row, "network": network} for row in found]
+
+
+def page(
+    rows: Sequence[Mapping[str, Any]],
+    own: Sequence[Mapping[str, Any]],
+    runs: Sequence[Mapping[str, Any]],
+    *,
+    command: str,
+    minutes: float,
+) -> str:
+    """The page in Markdown."""
+    head = HEAD.format(command=command, minutes=minutes, protocol=FRAME_PROTOCOL)
     parts = [head, frame_table(at_scale(rows, 1)), ""]
     for scale in sorted({row["scale"] for row in rows} - {1}):
         found = at_scale(rows, scale)
-        parts += [f"## x{scale}\n", STUDY.format(degradation=DEGRADATION), frame_table(found), ""]
-        parts += closed(found)
+        study = STUDY.format(degradation=DEGRADATION, learnt_from=", ".join(LEARNT_FROM))
+        parts += [f"## x{scale}\n", study, frame_table(found), "", *closed(found)]
+    parts += [OWN, frame_table(own), ""]
     titles = list(runs[0])
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     lines += ["| " + " | ".join(str(run[title]) for title in titles) + " |" for run in runs]
@@ -157,8 +185,12 @@ def at_scale(rows: Sequence[Mapping[str, Any]], scale: int) -> list[Mapping[str,
 
 
 def closed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For every network, by how much super-resolution closes the gap in Dice between bicubic and sharp."""
+    """For every network, by how much super-resolution closes the gap in Dice between bicubic and sharp.
+
+    Frames that the super-resolution was trained on are left out.
+    """
     lines = []
+    rows = [row for row in rows if row["group"] not in LEARNT_FROM]
     for network in dict.fromkeys(row["network"] for row in rows):
         dice = {
             source: summary(row for row in rows if (row["network"], row["input"]) == (network, source))[

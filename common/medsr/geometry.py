@@ -14,10 +14,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from medsr.errors import GeometryError
+from medsr.errors import GeometryError, SettingError
 
 __all__ = [
     "RATIO_LIMIT",
+    "refinement_ratio",
     "rescaled_affine",
     "rescaled_size",
     "slice_axis",
@@ -125,6 +126,36 @@ def through_plane_ratio(
     spacing = spacing_of(affine)
     wanted = float(np.delete(spacing, axis).max()) if spacing_mm is None else float(spacing_mm)
     return round(float(spacing[axis]) / wanted, 3)
+
+
+def refinement_ratio(
+    affine: npt.ArrayLike, spacing_mm: float | None = None, *, axis: int | None = None
+) -> float:
+    """:func:`through_plane_ratio` of a result with finer slices: a target that is coarser is refused.
+
+    Args:
+        affine: voxel-to-world matrix.
+        spacing_mm: wanted slice spacing; default the coarser in-plane spacing.
+        axis: array axis of the slices; default the one with the largest spacing.
+
+    Raises:
+        SettingError: if the ratio is below 1.
+
+    Example:
+        >>> refinement_ratio(np.diag([1.0, 1.0, 4.0, 1.0]), 1e9)
+        Traceback (most recent call last):
+        medsr.errors.SettingError: target_spacing_mm 1e+09 is coarser than the slices of 4 mm; choose a smaller one
+    """
+    axis = slice_axis(affine, force=True) if axis is None else axis
+    ratio = through_plane_ratio(affine, spacing_mm, axis=axis)
+    if ratio < 1:
+        spacing = spacing_of(affine)
+        wanted = float(np.delete(spacing, axis).max()) if spacing_mm is None else spacing_mm
+        raise SettingError(
+            f"target_spacing_mm {wanted:.3g} is coarser than the slices of {spacing[axis]:.3g} mm; "
+            "choose a smaller one"
+        )
+    return ratio
 
 
 def rescaled_size(size: int, ratio: float) -> int:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from medsr import geometry
-from medsr.errors import DataError, GeometryError
+from medsr.errors import DataError, GeometryError, SettingError
 from medsr.geometry import (
     FloatArray,
+    refinement_ratio,
     rescaled_affine,
     rescaled_size,
     slice_axis,
@@ -320,3 +321,17 @@ def test_the_ratio_ignores_noise_in_the_spacing():
     assert through_plane_ratio(np.diag([0.9, 0.9, 3.6000192, 1])) == 4.0
     assert through_plane_ratio(np.diag([4.0, 1, 0.8, 1])) == 4.0
     assert through_plane_ratio(np.diag([0.9, 0.9, 3.6, 1]), 1.2) == 3.0
+
+
+@pytest.mark.parametrize(("wanted", "text"), [(5, "5"), (1e9, r"1e\+09")])
+def test_a_target_coarser_than_the_slices_is_refused(wanted, text):
+    affine = np.diag([0.9, 0.9, 3.6, 1])
+    assert refinement_ratio(affine, 3.6) == 1.0
+    assert refinement_ratio(affine) == 4.0
+    with pytest.raises(SettingError, match=f"target_spacing_mm {text} is coarser than the slices of 3.6 mm"):
+        refinement_ratio(affine, wanted)
+
+
+def test_slices_finer_than_the_plane_are_refused_without_a_target():
+    with pytest.raises(SettingError, match="target_spacing_mm 2 is coarser than the slices of 1 mm"):
+        refinement_ratio(np.diag([2.0, 2, 1, 1]), axis=2)

@@ -38,19 +38,21 @@ class CaseComparison:
         self.cases, self.output = list(cases), output
         self.rows: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
+        # What is missing of a case that is compared otherwise.
+        self.notes: dict[str, str] = {}
 
     def run(self) -> list[dict[str, Any]]:
         """Compare, log and write the table; return its rows."""
-        self.rows, self.left_out = [], {}
+        self.rows, self.left_out, self.notes = [], {}, {}
         for case in self.cases:
             try:
                 self.rows += self._compare(case)
             except Exception as error:
                 self.left_out[case["case"]] = one_line(error)
                 _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
-                continue
-            if self.output:
-                write_json(self.output, {**self.header, "rows": self.rows, "left_out": self.left_out})
+            if self.output and self.rows:
+                found = {**self.header, "rows": self.rows, "left_out": self.left_out, "notes": self.notes}
+                write_json(self.output, found)
         if self.rows:
             _log.info("\n%s", self._table())
         return self.rows

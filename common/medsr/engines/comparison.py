@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,21 +16,20 @@ from torch import Tensor, nn
 
 from medsr import metrics
 from medsr.engines.adaptation import AdaptingInferer
-from medsr.engines.case_evaluator import one_line
+from medsr.engines.case_comparison import CaseComparison
 from medsr.engines.self_training import SelfTraining
-from medsr.errors import MedsrError
 from medsr.geometry import rescaled_affine, spacing_of
 from medsr.inferers.planes import PlaneAverageInferer
-from medsr.inferers.volume import VolumeInferer
+from medsr.inferers.volume import VolumeInferer, make_consistent
 from medsr.io.cases import read_case
-from medsr.io.writing import write_json
 from medsr.networks.layout import channels_last
 from medsr.networks.wdsr import PlaneSRNet
 from medsr.resampling import interpolation_matrix
+from medsr.settings import as_number
 from medsr.transforms.intensity import PercentileToUnitd
 from medsr.transforms.orientation import permute_spatial
 from medsr.transforms.slice_profile import as_profile
-from medsr.transforms.thick_slices import ThickSliceParameters, thick_slice_affine
+from medsr.transforms.thick_slices import ThickSliceParameters, acquire_whole_slabs
 from medsr.transforms.through_plane import ResampleThroughPlaned
 
 __all__ = ["ThroughPlaneComparison", "on_reference_grid", "table"]
@@ -43,14 +42,25 @@ PROTOCOL = (
     "clipped to [0, 1], PSNR with data range 1 in the mask reference > 0.02"
 )
 
+_PROJECTED = ("cubic", "smore-like")
+"""Baselines that are also made consistent with the measured slices, as the network's result is: what the projection
+alone brings is then seen."""
 
-class ThroughPlaneComparison:
+_Result: TypeAlias = tuple[Tensor, npt.NDArray[np.float64]]
+"""Values and affine."""
+
+
+class ThroughPlaneComparison(CaseComparison):
     """Simulates thick slices from isotropic volumes and compares every method on the same slices.
+
+    The network's result is made consistent with the measured slices; ``cubic`` and the SMORE-like network stand in the
+    table as they are and, as ``... + consistency``, after the same projection.
 
     Args:
         cases: items ``{"image": path, "case": name}`` of near-isotropic volumes.
         network: the trained network, or None for the interpolations alone.
-        inferer: settings of :class:`~medsr.inferers.volume.VolumeInferer` other than geometry and profile.
+        inferer: settings of :class:`~medsr.inferers.volume.VolumeInferer` other than geometry and profile; its
+            ``consistency`` holds for the baselines too, and 0 leaves their second rows out.
         ratios: slice spacings to simulate, in voxels.
         gaps: gaps between slices to simulate, in voxels; thickness = ratio - gap.
         profile: the profile that makes the slices.
@@ -65,6 +75,9 @@ class ThroughPlaneComparison:
         >>> ThroughPlaneComparison([], None).run()
         []
     """
+
+    header: ClassVar[Mapping[str, str]] = {"protocol": PROTOCOL}
+    what = "volumes"
 
     def __init__(
         self,
@@ -82,41 +95,26 @@ class ThroughPlaneComparison:
         output: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.cases, self.network, self.inferer = list(cases), network, dict(inferer or {})
+        super().__init__(cases, output)
+        self.network, self.inferer = network, dict(inferer or {})
+        self.consistency = as_number("consistency", self.inferer.get("consistency", 1.0))
         self.ratios, self.gaps, self.profile = list(ratios), list(gaps), as_profile(profile)
         self.assumed_profile = as_profile(assumed_profile or profile)
         self.plane_minutes, self.adapt, self.axis = float(plane_minutes), adapt, axis
-        self.output, self.device = output, torch.device(device)
-        self.rows: list[dict[str, Any]] = []
-        self.left_out: dict[str, str] = {}
+        self.device = torch.device(device)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Compare, log and write the table; return one row per case, setting and method."""
-        self.rows, self.left_out = [], {}
-        for case in self.cases:
-            try:
-                volume = self._volume(case["image"])
-            except Exception as error:
-                self.left_out[case["case"]] = one_line(error)
-                _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
-                continue
-            for ratio in self.ratios:
-                for gap in self.gaps:
-                    self.rows += self._compare(case["case"], volume, float(ratio), float(gap))
-                    self._write()
-        if self.rows:
-            _log.info("\n%s", table(self.rows))
-        return self.rows
+    def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
+        """One row per setting and method."""
+        volume = self._volume(case["image"])
+        return [
+            row
+            for ratio in self.ratios
+            for gap in self.gaps
+            for row in self._compare_at(case["case"], volume, float(ratio), float(gap))
+        ]
 
-    def finish(self) -> None:
-        """End the process with a non-zero status if a volume was left out."""
-        if self.left_out:
-            _log.error("%d of %d volumes left out", len(self.left_out), len(self.cases))
-            raise SystemExit(MedsrError.exit_code)
-
-    def _write(self) -> None:
-        if self.output:
-            write_json(self.output, {"protocol": PROTOCOL, "rows": self.rows, "left_out": self.left_out})
+    def _table(self) -> str:
+        return table(self.rows)
 
     def _volume(self, path: str) -> MetaTensor:
         """Unit intensities, slice axis last."""
@@ -131,33 +129,22 @@ class ThroughPlaneComparison:
         image = permute_spatial(image, [i for i in range(3) if i != last] + [last])
         return PercentileToUnitd("image")({"image": image})["image"]
 
-    def _compare(self, case: str, volume: MetaTensor, ratio: float, gap: float) -> list[dict[str, Any]]:
-        true = ThickSliceParameters(ratio, (ratio - gap) / ratio, self.profile)
-        assumed = ThickSliceParameters(ratio, (ratio - gap) / ratio, self.assumed_profile)
-        size = true.thick_size(volume.shape[-1])
-        fine_size = round(size * ratio)
-        start = (volume.shape[-1] - fine_size) // 2
-        affine = np.asarray(volume.affine, dtype=np.float64).copy()
-        affine[:3, 3] += affine[:3, 2] * start
-        reference = MetaTensor(
-            volume.as_tensor()[..., start : start + fine_size], affine=torch.as_tensor(affine)
+    def _compare_at(self, case: str, volume: MetaTensor, ratio: float, gap: float) -> list[dict[str, Any]]:
+        true, assumed = (
+            ThickSliceParameters(ratio, (ratio - gap) / ratio, profile)
+            for profile in (self.profile, self.assumed_profile)
         )
-        matrix = torch.as_tensor(true.matrix(fine_size, size), dtype=torch.float32)
-        thick = MetaTensor(
-            (reference.as_tensor() @ matrix.T).contiguous(),
-            affine=torch.as_tensor(thick_slice_affine(affine, true, size=fine_size)),
-        )
-        told = torch.as_tensor(assumed.matrix(fine_size, size), dtype=torch.float32)
+        reference, thick, matrix = acquire_whole_slabs(volume, true)
         rows = []
         truth = np.asarray(reference.as_tensor()[0])
         mask = truth > 0.02
         edge = metrics.edge_band(truth, mask=mask)
-        for method, run in self._methods(assumed).items():
-            since = time.monotonic()
-            found, affine_found = run(thick, told)
-            seconds = time.monotonic() - since
+        for method, (found, affine), seconds in self._results(thick, assumed, reference.shape[-1]):
             values = on_reference_grid(
-                np.asarray(found), affine_found, reference_affine=np.asarray(reference.affine), size=fine_size
+                np.asarray(found),
+                affine,
+                reference_affine=np.asarray(reference.affine),
+                size=reference.shape[-1],
             )
             image = values[0].clip(0, 1)
             goal = truth.clip(0, 1)
@@ -185,27 +172,41 @@ class ThroughPlaneComparison:
             _log.info("%s r=%g gap=%g %s: %.2f dB", case, ratio, gap, method, row["psnr_db"])
         return rows
 
-    def _methods(self, assumed: ThickSliceParameters) -> dict[str, Any]:
-        methods: dict[str, Any] = {
-            kind: (lambda thick, told, kind=kind: self._interpolated(thick, assumed.ratio, kind))
+    def _results(
+        self, thick: MetaTensor, assumed: ThickSliceParameters, size: int
+    ) -> Iterator[tuple[str, _Result, float]]:
+        """Name, result and seconds of every method, which is told what is ``assumed``."""
+        told = torch.as_tensor(assumed.matrix(size, thick.shape[-1]), dtype=torch.float32)
+        for method, run in self._methods(assumed).items():
+            since = time.monotonic()
+            found, affine = run(thick)
+            seconds = time.monotonic() - since
+            yield method, (found, affine), seconds
+            if self.consistency and method in _PROJECTED:
+                since = time.monotonic()
+                found = found.clone()
+                make_consistent(found[0], thick.as_tensor()[0], told, share=self.consistency)
+                yield f"{method} + consistency", (found, affine), seconds + time.monotonic() - since
+
+    def _methods(self, assumed: ThickSliceParameters) -> dict[str, Callable[[MetaTensor], _Result]]:
+        methods: dict[str, Callable[[MetaTensor], _Result]] = {
+            kind: (lambda thick, kind=kind: self._interpolated(thick, assumed.ratio, kind))
             for kind in ("nearest", "linear", "cubic")
         }
         if self.plane_minutes:
-            methods["smore-like"] = lambda thick, told: self._planes(thick, assumed, told)
+            methods["smore-like"] = lambda thick: self._planes(thick, assumed)
         if self.network is not None:
-            methods["network"] = lambda thick, told: self._network(thick, assumed)
+            methods["network"] = lambda thick: self._network(thick, assumed)
         if self.network is not None and self.adapt is not None:
-            methods["adapted"] = lambda thick, told: self._network(thick, assumed, self.adapt)
+            methods["adapted"] = lambda thick: self._network(thick, assumed, self.adapt)
         return methods
 
     @staticmethod
-    def _interpolated(thick: MetaTensor, ratio: float, kind: str) -> tuple[Tensor, npt.NDArray[np.float64]]:
+    def _interpolated(thick: MetaTensor, ratio: float, kind: str) -> _Result:
         item = ResampleThroughPlaned("image", float(_spacing(thick)[2]) / ratio, kind)({"image": thick})
         return item["image"].as_tensor(), np.asarray(item["image"].affine)
 
-    def _planes(
-        self, thick: MetaTensor, assumed: ThickSliceParameters, told: Tensor
-    ) -> tuple[Tensor, npt.NDArray[np.float64]]:
+    def _planes(self, thick: MetaTensor, assumed: ThickSliceParameters) -> _Result:
         training = SelfTraining(self.plane_minutes)
         network = training(
             channels_last(PlaneSRNet(assumed.ratio)),
@@ -221,7 +222,7 @@ class ThroughPlaneComparison:
 
     def _network(
         self, thick: MetaTensor, assumed: ThickSliceParameters, adapt: SelfTraining | None = None
-    ) -> tuple[Tensor, npt.NDArray[np.float64]]:
+    ) -> _Result:
         spacing = float(_spacing(thick)[2])
         settings = {
             "spacing_mm": spacing / assumed.ratio,

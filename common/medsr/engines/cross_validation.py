@@ -18,6 +18,7 @@ from medsr.errors import DataError, SettingError
 from medsr.io.masks import find_labelled_frames, frames_of_groups, group_of
 from medsr.io.writing import probe_folder, write_json
 from medsr.metrics.frames import over_folds, summary
+from medsr.settings import as_whole
 
 __all__ = ["CrossValidation", "frame_items", "group_folds"]
 
@@ -62,6 +63,8 @@ def frame_items(
             "no frames: set --dataset_dir to a folder with images/ and labels/, or a list of such"
         )
     folders = [sources] if isinstance(sources, (str, Path)) else sources
+    if not isinstance(labels, str):
+        raise SettingError(f"labels must be the name of a folder, got {labels!r}")
     items = [item for folder in folders for item in find_labelled_frames(folder, labels=labels)]
     return frames_of_groups(items, leave_out, groups=groups)
 
@@ -91,7 +94,8 @@ def group_folds(
     sizes = Counter(group_of(case["case"]) for case in cases)
     if folds is None:
         folds = len(sizes)
-    if isinstance(folds, int):
+    if isinstance(folds, (int, float, str)):
+        folds = as_whole("folds", folds)
         if not 2 <= folds <= len(sizes):
             raise SettingError(f"{folds} folds cannot be made of {len(sizes)} groups ({', '.join(sizes)})")
         found: list[list[str]] = [[] for _ in range(folds)]

@@ -19,6 +19,7 @@ from medsr.inferers.stereo_superres import StereoSuperResInferer
 from medsr.io.loading import LoadImageFiled
 from medsr.io.masks import group_of
 from medsr.metrics.frames import frame_scores, summary
+from medsr.settings import as_whole
 from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
 from medsr.transforms.frame_labels import GreysToClassesd, LoadMaskd, SameSized
 
@@ -99,7 +100,7 @@ class FrameComparison(CaseComparison):
             )
         if self.superres and scale is None:
             raise SettingError("super-resolution networks need a scale by which frames are made small")
-        self.scale = 1 if scale is None else int(scale)
+        self.scale = 1 if scale is None else as_whole("scale", scale, 1)
         refuse_other_scales(self.superres, self.scale)
         self.inferer, self.device = dict(inferer or {}), torch.device(device)
         self._load = Compose(

@@ -94,7 +94,9 @@ class ImageComparison(CaseComparison):
         for name, network in self.networks.items():
             infer = ImageSuperResInferer(**self.inferer)
             results[name] = infer(low[None].to(self.device), network.to(self.device))[0]
-        mask = field_of_view(sharp)
+        # A dark image has none, and can be scored over the whole frame all the same.
+        wanted = any(protocol.mask == "fov" for protocol in self.protocols)
+        mask = field_of_view(sharp) if wanted else None
         rows = []
         for method, result in results.items():
             consistency = finite(psnr(BicubicDownsample(self.scale)(result), low))
@@ -182,8 +184,8 @@ def image_table(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, str] | No
             for protocol in protocols:
                 found = [row for row in inside if row["method"] == method and row["protocol"] == protocol]
                 for key, digits in (("psnr_db", 2), ("ssim", 4)):
-                    score = mean_score(math.inf if row[key] is None else row[key] for row in found)
-                    cells.append(f"{score.mean:.{digits}f}")
+                    scores = [math.inf if row[key] is None else row[key] for row in found]
+                    cells.append(f"{mean_score(scores).mean:.{digits}f}" if scores else "-")
             for key in extra:
                 known = [row[key] for row in inside if row["method"] == method and row[key] is not None]
                 cells.append(f"{mean_score(known).mean:.3f}" if known else "-")

@@ -23,7 +23,7 @@ from medsr.transforms.intensity import PercentileToUnitd
 from medsr.transforms.islands import checked_fraction, remove_islands
 from medsr.transforms.label_interpolation import signed_distance_interpolation
 from medsr.transforms.labels import ClassesToChannelsd, SameGridd, drawn_classes
-from medsr.transforms.thick_slices import ThickSliceParameters, thick_slice_affine
+from medsr.transforms.thick_slices import ThickSliceParameters, acquire_whole_slabs
 
 __all__ = ["MaskComparison", "mask_table"]
 
@@ -102,22 +102,13 @@ class MaskComparison(CaseComparison):
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
         item = self._load(dict(case))
-        size, ratio = item["image"].shape[-1], self.parameters.ratio
-        thick_size = self.parameters.thick_size(size)
-        kept = round(thick_size * ratio)
-        start = (size - kept) // 2
-        affine = np.asarray(item["image"].affine, dtype=np.float64).copy()
-        affine[:3, 3] += affine[:3, 2] * start
-        image, label = (item[key].as_tensor()[..., start : start + kept] for key in ("image", "label"))
-        truth = drawn_classes(label).numpy()
-        thick = image @ torch.as_tensor(self.parameters.matrix(kept, thick_size), dtype=torch.float32).T
-        area = torch.as_tensor(self.parameters.label_matrix(kept, thick_size), dtype=torch.float32)
-        thick_truth = drawn_classes(label @ area.T).numpy()
-        volume = MetaTensor(
-            thick[None].to(self.device),
-            affine=torch.as_tensor(thick_slice_affine(affine, self.parameters, size=kept)),
-        )
-        spacing = spacing_of(affine)
+        ratio = self.parameters.ratio
+        image = acquire_whole_slabs(item["image"], self.parameters)
+        label = acquire_whole_slabs(item["label"], self.parameters, is_label=True)
+        truth = drawn_classes(label.thin.as_tensor()).numpy()
+        thick_truth = drawn_classes(label.thick.as_tensor()).numpy()
+        volume = MetaTensor(image.thick.as_tensor()[None].to(self.device), affine=image.thick.affine)
+        spacing = spacing_of(image.thin.affine)
         results: dict[str, dict[str, tuple[Any, Any]]] = {}
         thick_spacing = spacing * (1, 1, ratio)
         results["perfect thick mask"] = self._readings(thick_truth, ratio, thick_spacing)
@@ -126,7 +117,9 @@ class MaskComparison(CaseComparison):
             thin = inferer(volume, network.to(self.device))[0].cpu()
             on_thick = inferer.thick[0].argmax(0).cpu().numpy()
             results[name] = self._readings(on_thick, ratio, thick_spacing)
-            fine, averaged = (self._without_islands(p.argmax(0).numpy()) for p in (thin, thin @ area.T))
+            fine, averaged = (
+                self._without_islands(p.argmax(0).numpy()) for p in (thin, thin @ label.matrix.T)
+            )
             results[name]["thin head"] = fine, averaged
         rows = []
         for name, readings in results.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,12 +15,14 @@ from medsr.engines.image_comparison import DEGRADATION, finite, image_table, ref
 from medsr.errors import DataError, SettingError
 from medsr.inferers.stereo_superres import StereoSuperResInferer
 from medsr.io.loading import LoadImageFiled
-from medsr.metrics.image import ImageProtocol, psnr
+from medsr.metrics.image import SSIM_TAPS, ImageProtocol, psnr
 from medsr.metrics.stereo import disparity_error, row_disparity
 from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
 from medsr.transforms.stereo import AlignRowsd, JoinViewsd
 
 __all__ = ["LEFT_CROP", "StereoComparison"]
+
+_log = logging.getLogger(__name__)
 
 LEFT_CROP = 64
 """Left columns that the older protocol leaves out: they have no match in the right view."""
@@ -32,7 +35,8 @@ class StereoComparison(CaseComparison):
     """Degrades pairs, restores them by interpolation and by networks, and scores all of them alike.
 
     Two protocols, both on RGB after rounding to 8 bits and without a border: the mean of the scores of both views,
-    which decides; and the left view without its first 64 columns, as in the first papers. ``disparity_mae_px`` is
+    which decides; and the left view without its first 64 columns, as in the first papers, where enough of it is left
+    for the window of SSIM; else ``notes`` says so. ``disparity_mae_px`` is
     the stereo consistency, see :func:`medsr.metrics.stereo.disparity_error`: fidelity does not tell whether the views
     still fit together. SSIM has the Gaussian window of this project; papers on stereo often use 7 x 7 equal weights.
 
@@ -75,10 +79,11 @@ class StereoComparison(CaseComparison):
     ) -> None:
         super().__init__(cases, output)
         refuse_other_scales(networks, scale)
+        one_view = tuple(one_view or ())
         unknown = [name for name in one_view if name not in networks]
         if unknown:
             raise SettingError(f"'{unknown[0]}' is to run with one view, but there is no such network")
-        self.networks, self.one_view, self.scale = dict(networks), tuple(one_view), int(scale)
+        self.networks, self.one_view, self.scale = dict(networks), one_view, int(scale)
         self.inferer, self.device = dict(inferer or {}), torch.device(device)
         self.transforms = (
             LoadImageFiled(("image", "image_right")),
@@ -98,6 +103,10 @@ class StereoComparison(CaseComparison):
                 alone = [self._enlarged(view.repeat(2, 1, 1), network) for view in low.chunk(2)]
                 results[f"{name}, one view"] = torch.cat([alone[0].chunk(2)[0], alone[1].chunk(2)[1]])
         truth = row_disparity(sharp)
+        least = LEFT_CROP + SSIM_TAPS
+        if size[1] < least:
+            self.notes[case["case"]] = f"{size[1]} px wide: {_LEFT} needs {least}, and is left out"
+            _log.warning("%s: %s", case["case"], self.notes[case["case"]])
         rows = []
         for method, result in results.items():
             common = {
@@ -109,8 +118,10 @@ class StereoComparison(CaseComparison):
                 "disparity_mae_px": disparity_error(result, truth),
             }
             views = list(zip(result.chunk(2), sharp.chunk(2), strict=True))
-            kept = [one[:, :, LEFT_CROP:] for one in views[0]]
-            for protocol, pairs in ((_BOTH, views), (_LEFT, [kept])):
+            scored = {_BOTH: views}
+            if size[1] >= least:
+                scored[_LEFT] = [tuple(one[:, :, LEFT_CROP:] for one in views[0])]
+            for protocol, pairs in scored.items():
                 scores = [_VIEW.score(*pair) for pair in pairs]
                 means = {
                     key: finite(sum(float(one[key]) for one in scores) / len(scores))

@@ -20,6 +20,7 @@ __all__ = [
     "data_consistency",
     "edge_band",
     "edge_psnr",
+    "head_columns",
     "head_mask",
     "percentile_range",
     "psnr",
@@ -235,11 +236,30 @@ def head_mask(volume: Volume, *, threshold: float = 0.02) -> BoolArray:
     return np.asarray(array - background > threshold * (top - background), dtype=bool)
 
 
+def head_columns(volume: Volume) -> BoolArray:
+    """Voxels with head in front of or behind them along the last axis: to crop the plane and keep every slice.
+
+    Args:
+        volume: image, slices last.
+
+    Raises:
+        DataError: as :func:`head_mask`.
+
+    Example:
+        >>> head_columns(np.pad(np.full((1, 1, 1), 5.0), 1)).sum(axis=(0, 1)).tolist()
+        [1, 1, 1]
+    """
+    mask = head_mask(volume)
+    return np.broadcast_to(mask.any(axis=-1, keepdims=True), mask.shape)
+
+
 def percentile_range(volume: Volume) -> tuple[float, float]:
     """The 0.1 and 99.9 percentiles of the voxels above the background, in image units.
 
-    The pair that maps a volume to [0, 1] and that gives ``data_range``: robust to hot voxels, and independent
-    of how much air was scanned around the head. Background as in :func:`head_mask`.
+    The pair that maps a volume to [0, 1] and that gives ``data_range``: robust to hot voxels, and independent of how
+    much air was scanned around the head where the air is constant, as after skull-stripping. Of noisy air the half
+    that lies above the background counts, so that both percentiles fall a little with more of it. Background as in
+    :func:`head_mask`.
 
     Raises:
         DataError: if the volume is constant, empty or not finite.

@@ -93,6 +93,7 @@ def test_one_run_writes_page_rows_and_picture(
     text = report.read_text()
     assert text in capsys.readouterr().out
     assert text.count("not measured: ") == 4
+    assert "without the paper's feature loss" in text
     assert str(tmp_path) not in text
     assert json.loads((out / "sisr.json").read_text())["rows"] == rows
     with Image.open(out / "sisr.png") as picture:

@@ -23,8 +23,9 @@ class Lengths(CaseComparison):
         return f"{len(self.rows)} rows"
 
 
-def test_a_bad_case_is_left_out_and_the_others_are_written(tmp_path, caplog):
-    comparison = Lengths([{"case": name} for name in ("one", "bad", "three")], tmp_path / "rows.json")
+@pytest.mark.parametrize("names", [("one", "bad", "three"), ("one", "three", "bad")])
+def test_a_bad_case_is_left_out_and_the_others_are_written(tmp_path, caplog, names):
+    comparison = Lengths([{"case": name} for name in names], tmp_path / "rows.json")
     with caplog.at_level(logging.INFO):
         rows = comparison.run()
     assert [row["length"] for row in rows] == [3, 5]
@@ -32,12 +33,19 @@ def test_a_bad_case_is_left_out_and_the_others_are_written(tmp_path, caplog):
         "protocol": "length",
         "rows": rows,
         "left_out": {"bad": "bad: not a word; spell it"},
+        "notes": {},
     }
     assert "2 rows" in caplog.text
     with pytest.raises(SystemExit) as stop:
         comparison.finish()
     assert stop.value.code != 0
     assert "1 of 3 words left out" in caplog.text
+
+
+def test_without_any_row_nothing_is_written(tmp_path):
+    comparison = Lengths([{"case": "bad"}], tmp_path / "rows.json")
+    assert comparison.run() == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_run_starts_anew_and_a_clean_one_ends_well():

@@ -10,6 +10,7 @@ import torch
 from medsr import metrics
 from medsr.engines.comparison import ThroughPlaneComparison, on_reference_grid, table
 from medsr.engines.self_training import SelfTraining
+from medsr.errors import SettingError
 from medsr.geometry import rescaled_affine
 from medsr.io.writing import write_nifti
 from medsr.networks.slice_sr import SliceSRNet
@@ -60,7 +61,7 @@ def of(rows: list[dict], **wanted) -> list[dict]:
 
 def test_there_is_a_row_per_setting_and_method(rows):
     keys = {(row["ratio"], row["gap"], row["method"]) for row in rows}
-    methods = {"nearest", "linear", "cubic", "network"}
+    methods = {"nearest", "linear", "cubic", "cubic + consistency", "network"}
     assert keys == {(r, g, m) for r in (3.0, 4.0) for g in (0.0, 1.0) for m in methods}
     assert len(rows) == len(keys)
 
@@ -80,9 +81,11 @@ def test_the_numbers_are_plausible(rows):
 def test_an_untrained_network_is_cubic_made_consistent(rows):
     for ratio in (3.0, 4.0):
         (cubic,) = of(rows, ratio=ratio, gap=0.0, method="cubic")
+        (projected,) = of(rows, ratio=ratio, gap=0.0, method="cubic + consistency")
         (found,) = of(rows, ratio=ratio, gap=0.0, method="network")
         assert found["data_consistency_db"] > cubic["data_consistency_db"] + 5
-        assert found["psnr_db"] == pytest.approx(cubic["psnr_db"], abs=1.5)
+        assert found["psnr_db"] == pytest.approx(projected["psnr_db"], abs=2e-3)
+        assert projected["psnr_db"] != pytest.approx(cubic["psnr_db"], abs=0.02)
 
 
 def test_only_a_method_with_uncertainty_is_judged_by_it(rows):
@@ -95,6 +98,58 @@ def test_without_consistency_the_untrained_network_is_cubic_exactly(phantom):
     found = ThroughPlaneComparison(cases, network("plain"), {**SETTINGS, "consistency": 0.0}).run()
     db = {row["method"]: row["psnr_db"] for row in found}
     assert db["network"] == pytest.approx(db["cubic"], abs=2e-3)
+    assert list(db) == ["nearest", "linear", "cubic", "network"]
+
+
+def test_the_share_of_the_projection_holds_for_the_baselines_too(phantom):
+    cases = [{"image": str(phantom), "case": "head"}]
+    db = {}
+    for share in (0.5, 1.0):
+        (row,) = of(
+            ThroughPlaneComparison(cases, None, {"consistency": share}).run(), method="cubic + consistency"
+        )
+        db[share] = row["data_consistency_db"]
+    assert db[0.5] < db[1.0] - 5
+    with pytest.raises(SettingError, match="consistency must be a number, got 'half'"):
+        ThroughPlaneComparison(cases, None, {"consistency": "half"})
+
+
+def test_what_is_a_whole_number_of_slabs_decides_no_decibel(tmp_path):
+    # Waves: every length holds the same detail, so that little but a shift could make a difference.
+    x, y, z = np.meshgrid(*(np.arange(float(n)) for n in (12, 12, 132)), indexing="ij")
+    values = 2 + np.sin(0.5 * x) * np.cos(0.4 * y) + np.sin(0.6 * z)
+    for ratio in (2.5, 2.7, 3.3, 3.5):
+        db = []
+        for length in (117, 120, 122, 123, 124, 127, 130):
+            path = tmp_path / f"{length}.nii.gz"
+            write_nifti(path, values[..., :length].astype(np.float32), affine=np.eye(4))
+            rows = ThroughPlaneComparison([{"image": str(path), "case": "a"}], None, ratios=[ratio]).run()
+            db += [row["psnr_db"] for row in of(rows, method="cubic")]
+        assert max(db) - min(db) < 2, ratio
+
+
+@pytest.mark.parametrize("ratio", [2.5, 3.3, 3.5])
+def test_methods_give_the_very_grid_of_the_truth(phantom, ratio, monkeypatch):
+    seen = []
+    real = on_reference_grid
+
+    def spy(values, affine, *, reference_affine, size):
+        seen.append((values.shape[-1], size))
+        np.testing.assert_allclose(affine, reference_affine, atol=1e-9)
+        return real(values, affine, reference_affine=reference_affine, size=size)
+
+    monkeypatch.setattr("medsr.engines.comparison.on_reference_grid", spy)
+    found = compare(phantom, network(), ratios=[ratio])
+    assert [row["method"] for row in found] == [
+        "nearest",
+        "linear",
+        "cubic",
+        "cubic + consistency",
+        "network",
+    ]
+    assert all(new == size for new, size in seen)
+    (network_row,), (cubic,) = (of(found, method=m) for m in ("network", "cubic + consistency"))
+    assert network_row["psnr_db"] == pytest.approx(cubic["psnr_db"], abs=2e-3)
 
 
 def test_a_wrong_profile_is_told_to_the_methods_only(phantom):
@@ -111,13 +166,13 @@ def test_a_wrong_profile_is_told_to_the_methods_only(phantom):
 @pytest.mark.parametrize("axis", ["SI", "AP", "LR"])
 def test_slices_are_simulated_along_the_anatomical_axis(phantom, axis, monkeypatch):
     shapes = []
-    real = ThroughPlaneComparison._compare
+    real = ThroughPlaneComparison._compare_at
 
     def spy(self, case, volume, ratio, gap):
         shapes.append(tuple(volume.shape[1:]))
         return real(self, case, volume, ratio, gap)
 
-    monkeypatch.setattr(ThroughPlaneComparison, "_compare", spy)
+    monkeypatch.setattr(ThroughPlaneComparison, "_compare_at", spy)
     compare(phantom, axis=axis)
     # The front-to-back axis alone was cut to 26 slices.
     assert (shapes[0][-1] == 26) == (axis == "AP")
@@ -131,8 +186,11 @@ def test_the_methods_that_learn_from_the_scan(phantom, monkeypatch):
     net = network("plain")
     before = {key: value.clone() for key, value in net.state_dict().items()}
     found = compare(phantom, net, plane_minutes=1, adapt=adapt)
-    assert [row["method"] for row in found][3:] == ["smore-like", "network", "adapted"]
+    methods = ["smore-like", "smore-like + consistency", "network", "adapted"]
+    assert [row["method"] for row in found][4:] == methods
     assert all(np.isfinite(row["psnr_db"]) for row in found)
+    plain, projected = (of(found, method=method)[0]["data_consistency_db"] for method in methods[:2])
+    assert projected > plain + 5
     assert all(torch.equal(net.state_dict()[key], before[key]) for key in before)
 
 
@@ -152,6 +210,18 @@ def test_an_unreadable_case_is_left_out(phantom, tmp_path, caplog):
     assert caplog.records[-1].getMessage() == "1 of 2 volumes left out"
     assert stop.value.code == 1
     assert list(json.loads((tmp_path / "out.json").read_text())["left_out"]) == ["bad"]
+
+
+def test_a_case_that_fails_in_the_comparison_does_not_end_it(phantom, tmp_path):
+    values, affine = head(16)
+    write_nifti(tmp_path / "short.nii.gz", values[..., :3], affine=affine)
+    images = {"short": tmp_path / "short.nii.gz", "head": phantom}
+    cases = [{"image": str(path), "case": case} for case, path in images.items()]
+    comparison = ThroughPlaneComparison(cases, None, ratios=[4], output=tmp_path / "out.json")
+    assert {row["case"] for row in comparison.run()} == {"head"}
+    assert comparison.left_out["short"].startswith("3 slices are fewer than the 4 of a slab")
+    with pytest.raises(SystemExit):
+        comparison.finish()
 
 
 def test_a_comparison_of_all_volumes_ends_well(phantom):

@@ -46,6 +46,7 @@ def test_frames_of_several_folders_are_taken_by_group(tmp_path):
         ({"groups": ["x"]}, "there is no group 'x'"),
         ({"leave_out": ["a", "b"]}, "no frame is left"),
         ({"labels": "parts"}, "no folder 'parts'"),
+        ({"labels": 5}, "labels must be the name of a folder, got 5"),
     ],
 )
 def test_groups_that_do_not_fit_are_one_line(tmp_path, capsys, settings, message):
@@ -70,6 +71,7 @@ def test_folds_are_of_whole_groups_and_of_like_size():
     [
         (1, "1 folds cannot be made of 4 groups"),
         (5, "5 folds cannot be made of 4 groups"),
+        (1.5, "folds must be a whole number, got 1.5"),
         ([["a"], ["x"]], "there is no group 'x'"),
         ([["a"], ["b", "a"]], "'a' is left out twice"),
         ([["a"]], "two lists of groups or more"),

@@ -129,6 +129,8 @@ def test_settings_that_do_not_fit_are_refused():
     parts = {"background": [0], "shaft": [10], "wrist": [20]}
     with pytest.raises(SettingError, match="'n' gives 1 logits per pixel, 3 classes need 3"):
         FrameComparison([], {"n": Bright()}, classes=parts)
+    with pytest.raises(SettingError, match="scale must be a whole number >= 1, got 0"):
+        FrameComparison([], {}, classes=CLASSES, scale=0)
     with pytest.raises(SettingError, match="need a scale"):
         FrameComparison([], {}, classes=CLASSES, superres={"s": Enlarge(6)})
     with pytest.raises(SettingError, match="'s' is a network for x2, not for x4"):

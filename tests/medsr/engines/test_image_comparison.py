@@ -78,6 +78,18 @@ def test_a_bad_image_is_left_out_and_the_run_ends_with_an_error(cases, tmp_path)
         comparison.finish()
 
 
+def test_a_dark_image_needs_no_field_of_view_for_the_whole_frame(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 6, (48, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "dark.png")
+    cases = [{"image": str(tmp_path / "dark.png"), "case": "dark"}]
+    full = ImageComparison(cases, {}, scale=4, protocols=[ImageProtocol(), ImageProtocol(channel="y")])
+    assert len(full.run()) == 4
+    assert full.left_out == {}
+    inside = ImageComparison(cases, {}, scale=4, protocols=[ImageProtocol(mask="fov")])
+    assert inside.run() == []
+    assert "dark" in inside.left_out
+
+
 def test_a_network_of_another_scale_is_refused(cases):
     with pytest.raises(SettingError, match="'x4' is a network for x4, not for x8"):
         ImageComparison(cases, {"x4": Bicubic()}, scale=8)

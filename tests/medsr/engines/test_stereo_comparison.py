@@ -86,6 +86,25 @@ def test_the_scores_are_those_of_the_protocols(folder):
     assert [row["psnr_db"] for row in rows] == pytest.approx([both, left], abs=1e-3)
 
 
+def test_a_pair_without_enough_columns_behind_the_crop_lacks_that_score_only(folder, caplog):
+    for side, column in (("left", 0), ("right", 5)):
+        narrow = Image.fromarray(view(column)[:, :64])
+        narrow.save(folder / f"cow-1_{side}.png")
+    comparison = StereoComparison(
+        find_stereo_cases(folder), {}, scale=2, output=folder / "out" / "pairs.json"
+    )
+    rows = comparison.run()
+    note = "64 px wide: psnr-v1:rgb:border0:full:u8:left-crop64 needs 75, and is left out"
+    assert [row["protocol"].rpartition(":")[2] for row in rows if row["case"] == "cow-1"] == ["both-views"]
+    assert len([row for row in rows if row["case"] != "cow-1"]) == 4
+    assert (comparison.left_out, comparison.notes) == ({}, {"cow-1": note})
+    assert json.loads((folder / "out" / "pairs.json").read_text())["notes"] == comparison.notes
+    assert f"cow-1: {note}" in caplog.text
+    cells = comparison._table().splitlines()[2].split(" | ")
+    assert cells[0] == "| cow"
+    assert cells[5:7] == ["-", "-"]
+
+
 def test_what_is_no_pair_is_left_out(folder, caplog):
     (folder / "pig-2_right.png").unlink()
     Image.fromarray(view(0)).save(folder / "mono.png")

@@ -10,6 +10,7 @@ from medsr.metrics import (
     data_consistency,
     edge_band,
     edge_psnr,
+    head_columns,
     head_mask,
     percentile_range,
     psnr,
@@ -285,3 +286,11 @@ def test_data_consistency_takes_sparse_matrices_and_tensors(rng):
 def test_data_consistency_names_a_matrix_that_does_not_fit(rng):
     with pytest.raises(DataError, match=r"n_lr, n_hr.*\(4, 2\)"):
         data_consistency(np.ones((2, 4)), np.ones((2, 2)), np.ones((4, 2)), data_range=1.0)
+
+
+def test_head_columns_keep_every_slice(ball):
+    volume, inside = ball
+    columns = head_columns(volume)
+    assert columns.shape == volume.shape
+    for k in range(volume.shape[-1]):
+        np.testing.assert_array_equal(columns[..., k], inside.any(axis=-1))
