@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import json
 import logging
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 
 import medsr
+from medsr import catalog
 from medsr.errors import MedsrError, OutputError
 from medsr.geometry import spacing_of
 from medsr.handlers.qc_figure import superres_figure
@@ -38,8 +41,12 @@ def write_volume(path: Path, image: Any, item: Mapping[str, Any]) -> None:
     array = np.asarray(values.float() if values.is_floating_point() else values)
     array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
     codes = {name: max(1, int(image.meta.get(name, 1))) for name in ("sform_code", "qform_code")}
+    # Of a time series, and not of the classes of a mask.
+    along = {
+        name: image.meta[name] for name in ("step", "step_unit") if name in image.meta and array.ndim == 4
+    }
     affine = np.asarray(image.affine, dtype=np.float64)
-    write_nifti(path, array, affine=affine, dtype=array.dtype, **codes)
+    write_nifti(path, array, affine=affine, dtype=array.dtype, **codes, **along)
 
 
 def volume_facts(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +94,8 @@ class CaseOutput:
         output_dir: folder of the results.
         suffixes: result key to file suffix, see ``layout``; a key that an item lacks is left out.
         figure: also draw ``<case>_qc.png``.
-        overwrite: replace results of an earlier run.
+        overwrite: replace results of an earlier run; those that this one does not make are removed, once all that it
+            makes of the case are there.
         layout: where the result of a case and a suffix goes, below the folder.
         write: writes a result to a path, whole or not at all; it is given the postprocessed item as well.
         draw: makes the figure from a postprocessed item and the facts of the inferer; see
@@ -169,6 +177,8 @@ class CaseOutput:
                 self.write_result(path, result, item)
             for path in figures:
                 write_figure(path, self.draw(item, facts))
+            for path in self._outdated(case) - set(before):
+                path.unlink(missing_ok=True)
         except BaseException:
             # Results of an earlier run stay if none of them has been replaced yet.
             if any(_stamp(path) != stamp for path, stamp in before.items()):
@@ -182,7 +192,12 @@ class CaseOutput:
         return {key: self.layout.format(case=case, suffix=suffix) for key, suffix in self.suffixes.items()}
 
     def _figures(self, case: str) -> list[str]:
-        return [f"{case}_qc.png"] if self.figure else []
+        return [_figure_name(case)] if self.figure else []
+
+    def _outdated(self, case: str) -> set[Path]:
+        """What an earlier run of the case may have left, if it is to be replaced."""
+        names = [*self._names(case).values(), _figure_name(case)] if self.overwrite else []
+        return {self.output_dir / name for name in names}
 
     @staticmethod
     def _facts(engine: Engine) -> Mapping[str, Any]:
@@ -193,12 +208,13 @@ class RunReport:
     """Leaves ``report.json``: versions, hashes, device, and per case geometry, time, warnings or the reason of failure.
 
     It is rewritten after each case, so that an interrupted run has one too. File names of the inputs appear, their
-    folders and contents do not.
+    folders and contents do not. Cases of earlier runs into the same folder stay in it, as long as their files are
+    there and they are not run again; ``earlier_run`` tells when that was, and in what it differed from this run.
 
     Args:
         output_dir: folder of the results.
         settings: the settings of the run that shape the result.
-        config_files: configs whose SHA-256 is recorded.
+        config_files: configs whose SHA-256 is recorded; on MONAI's command line so are those that it names.
         weights: weight file whose SHA-256 is recorded, or several by the name under which that is done.
         output: the :class:`CaseOutput` whose file names are listed.
         describe: what to say about the sizes of a postprocessed item.
@@ -222,9 +238,11 @@ class RunReport:
         # A file may be named, its folder not.
         self.settings = {k: Path(v).name if isinstance(v, str) else v for k, v in (settings or {}).items()}
         named = weights if isinstance(weights, Mapping) else {Path(weights).name: weights} if weights else {}
-        files = {**{Path(p).name: p for p in config_files}, **named}
+        configs = [*config_files, *catalog.overrides_in(sys.argv)[0]]
+        files = {**{Path(p).name: p for p in configs}, **named}
         self.hashes = {name: _sha256(path) for name, path in files.items()}
         self.cases: dict[str, dict[str, Any]] = {}
+        self._earlier: dict[str, dict[str, Any]] | None = None
         self._since = time.monotonic()
         self._device = "cpu"
 
@@ -244,22 +262,32 @@ class RunReport:
 
     def write(self) -> Path:
         """Write ``report.json`` and return its path."""
+        conditions = {
+            "versions": {
+                "medsr": medsr.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "device": self._device,
+            "threads": torch.get_num_threads(),
+            "sha256": self.hashes,
+            "settings": self.settings,
+        }
+        path = self.output_dir / "report.json"
+        if self._earlier is None:
+            self._earlier = _earlier_cases(path, conditions)
+        cases = {
+            **{case: entry for case, entry in self._earlier.items() if case not in self.cases},
+            **self.cases,
+        }
         return write_json(
-            self.output_dir / "report.json",
+            path,
             {
                 "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "versions": {
-                    "medsr": medsr.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
-                "device": self._device,
-                "threads": torch.get_num_threads(),
-                "sha256": self.hashes,
-                "settings": self.settings,
-                "succeeded": sum(case["status"] == "done" for case in self.cases.values()),
-                "failed": sum(case["status"] != "done" for case in self.cases.values()),
-                "cases": self.cases,
+                **conditions,
+                "succeeded": sum(case["status"] == "done" for case in cases.values()),
+                "failed": sum(case["status"] != "done" for case in cases.values()),
+                "cases": cases,
             },
         )
 
@@ -290,12 +318,33 @@ class RunReport:
             }
 
 
+def _figure_name(case: str) -> str:
+    return f"{case}_qc.png"
+
+
 def _stamp(path: Path) -> tuple[int, int] | None:
     """What tells a file from the one that replaces it; None where there is none."""
     with contextlib.suppress(OSError):
         found = path.stat()
         return found.st_ino, found.st_mtime_ns
     return None
+
+
+def _earlier_cases(path: Path, conditions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cases of an earlier report whose files are all there, with what differed when they were made."""
+    kept: dict[str, dict[str, Any]] = {}
+    # A report that is damaged, or of another program, says nothing.
+    with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        # As it will be read back: tuples become lists, for example.
+        now = json.loads(json.dumps(conditions))
+        for case, entry in report["cases"].items():
+            if not entry.get("files") or not all((path.parent / name).is_file() for name in entry["files"]):
+                continue
+            run = {key: report.get(key) for key in ("written", *now)} | entry.get("earlier_run", {})
+            changed = {key: value for key, value in run.items() if key not in now or value != now[key]}
+            kept[str(case)] = {**entry, "earlier_run": changed}
+    return kept
 
 
 def _sha256(path: str | Path) -> str | None:

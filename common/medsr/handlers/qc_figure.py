@@ -162,7 +162,11 @@ class _Stack:
         source, pred = item["image"], item["pred"]
         meta = source.meta
         self.order = to_slice_last(slice_axis(meta["original_affine"], force=True))
-        scale, offset = float(meta.get("intensity_scale", 1)), float(meta.get("intensity_offset", 0))
+        # Of the first channel, which is drawn.
+        scale, offset = (
+            float(np.ravel(meta.get(f"intensity_{name}", default))[0])
+            for name, default in (("scale", 1), ("offset", 0))
+        )
         self.slices = np.asarray(source.as_tensor()[0].cpu().float()) * scale + offset
         size, new_size = self.slices.shape[2], pred.shape[1 + self.order[2]]
         self.ratio = float(facts.get("ratio", new_size / size))

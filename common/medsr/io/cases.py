@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from medsr.errors import DataError
 from medsr.io.dicom import is_dicom_series, read_series, read_series_header
 from medsr.io.nifti import VolumeHeader, read_nifti, read_nifti_header
+from medsr.settings import as_flag
 
 __all__ = [
     "case_name",
@@ -23,16 +25,21 @@ __all__ = [
     "inspect_case",
     "list_folder",
     "read_case",
+    "same_name",
 ]
 
 _SUFFIXES = (".nii.gz", ".nii")
 _NAME_LIMIT = 100
+# Of a file name in UTF-8: file systems allow 255, and the ending of a result and the mark of an unfinished one come.
+_BYTE_LIMIT = 160
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(1, 10))}
 
 PathLike = str | os.PathLike[str]
 
 
-def find_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
+def find_cases(
+    source: PathLike | Sequence[PathLike], *, follow_links: bool | None = None
+) -> list[dict[str, str]]:
     """List the images behind a path as data items ``{"image": absolute path, "case": name}``.
 
     Outputs are named after the case, so two inputs of one name would overwrite each other: they are refused.
@@ -41,6 +48,7 @@ def find_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
     Args:
         source: a NIfTI file, a folder of them, a DICOM series folder, a folder of such folders, or a list of
             these.
+        follow_links: see :func:`list_folder`.
 
     Raises:
         DataError: if there is no image, a link leaves its folder, or two images have one case name.
@@ -50,7 +58,9 @@ def find_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
         Traceback (most recent call last):
         medsr.errors.DataError: no-such-folder: no such file or folder
     """
-    return collect_cases(source, _expand)
+    if follow_links is not None:
+        follow_links = as_flag("follow_links", follow_links)
+    return collect_cases(source, partial(_expand, follow_links=follow_links))
 
 
 def collect_cases(
@@ -84,23 +94,44 @@ def collect_cases(
     for path in paths:
         name = case_name(path, suffixes=suffixes)
         # Case-insensitive file systems would let a.nii and A.nii share one output.
-        other = seen.setdefault(name.casefold(), path)
-        if other is not path and other.absolute() == path.absolute():
-            raise DataError(f"{path.name}: given twice")
+        other = seen.setdefault(unicodedata.normalize("NFC", name.casefold()), path)
         if other is not path:
-            raise DataError(
-                f"{other.name} and {path.name} have the same case name {name}; rename one of them"
-            )
+            raise same_name(name, other, path)
         items.append({"image": str(path.absolute()), "case": name})
     return items
 
 
-def list_folder(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+def same_name(name: str, first: PathLike, second: PathLike) -> DataError:
+    """The refusal of two inputs that would overwrite each other's results.
+
+    Args:
+        name: the case name of both.
+        first: one input.
+        second: the other; where both are called alike, their folders are told too.
+
+    Example:
+        >>> print(same_name("a", "a b.png", "a_b.png"))
+        a b.png and a_b.png have the same case name a; rename one of them
+    """
+    one, other = (Path(path).absolute() for path in (first, second))
+    if one == other:
+        return DataError(f"{one.name}: given twice")
+    depth = next(n for n in range(1, len(one.parts) + 1) if one.parts[-n:] != other.parts[-n:])
+    names = [Path(*path.parts[-depth:]).as_posix() for path in (one, other)]
+    return DataError(f"{names[0]} and {names[1]} have the same case name {name}; rename one of them")
+
+
+def list_folder(
+    folder: Path, wanted: Callable[[Path], bool], *, follow_links: bool | None = None
+) -> list[Path]:
     """List the wanted entries of a folder by name, without hidden ones and without links that leave it.
 
     Args:
         folder: the folder; what lies in its sub-folders is not listed.
         wanted: whether an entry is an input.
+        follow_links: list links that leave the folder, too. In a folder from somebody else they may name files of
+            this machine that were not meant; a DataLad data set holds nothing but such links. None: no, and there is
+            no such setting that the refusal could name.
 
     Raises:
         DataError: if the folder cannot be read or a wanted entry is a link to somewhere else.
@@ -119,9 +150,10 @@ def list_folder(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     root = folder.resolve()
     for child in found:
         # Path.resolve() raises for a loop of links on Python below 3.13.
-        if child.is_symlink() and root not in Path(os.path.realpath(child)).parents:
+        if not follow_links and child.is_symlink() and root not in Path(os.path.realpath(child)).parents:
             raise DataError(
                 f"{child.name}: a link that leaves the folder {name}; name the file itself instead"
+                + ("" if follow_links is None else ", or set follow_links to true")
             )
     return found
 
@@ -179,28 +211,39 @@ def find_labelled_cases(
 
 
 def case_name(path: PathLike, *, suffixes: Sequence[str] = _SUFFIXES) -> str:
-    """Name of a case, safe as a file name everywhere: ``[A-Za-z0-9._-]``, no leading dot, at most 100.
+    """Name of a case, safe as a file name everywhere: letters, digits, ``._-``, no leading dot, at most 100 characters.
+
+    Letters of any script stay, as NFC: of names in Greek or Chinese nothing would be left that tells them apart. What a
+    file system or a shell cannot take becomes an underscore, as do spaces and invisible characters.
 
     Args:
         path: the file or folder.
         suffixes: file name endings that are no part of the name, the longer of two first.
 
     Example:
-        >>> case_name("/data/T1 weighted.nii.gz")
-        'T1_weighted'
+        >>> case_name("/data/T1 weighted.nii.gz"), case_name("眼底 1.nii")
+        ('T1_weighted', '眼底_1')
     """
     path = Path(path)
     name = _name(path)
     suffix = _suffix(path, suffixes)
     if suffix:
         name = name[: -len(suffix)]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", unicodedata.normalize("NFC", name))
-    name = name.lstrip(".")[:_NAME_LIMIT].rstrip(".") or "case"
+    name = "".join(char if _is_safe(char) else " " for char in unicodedata.normalize("NFC", name))
+    name = re.sub(" +", "_", name).lstrip(".")[:_NAME_LIMIT]
+    name = name.encode()[:_BYTE_LIMIT].decode(errors="ignore").rstrip(".") or "case"
     return f"_{name}"[:_NAME_LIMIT] if name.split(".")[0].casefold() in _DEVICES else name
 
 
-def inspect_case(path: PathLike) -> VolumeHeader:
+def inspect_case(
+    path: PathLike, *, series_uid: str | None = None, follow_links: bool | None = None
+) -> VolumeHeader:
     """Read and judge the header of a case: a NIfTI file or a DICOM series folder.
+
+    Args:
+        path: the file or folder.
+        series_uid: as in :func:`~medsr.io.dicom.read_series_header`; a NIfTI file has none.
+        follow_links: the same.
 
     Raises:
         DataError: as :func:`~medsr.io.nifti.read_nifti_header` and
@@ -212,17 +255,25 @@ def inspect_case(path: PathLike) -> VolumeHeader:
         medsr.errors.DataError: none.nii: no such file
     """
     path = Path(path)
-    return read_series_header(path) if path.is_dir() else read_nifti_header(path)
+    if path.is_dir():
+        return read_series_header(path, series_uid=series_uid, follow_links=follow_links)
+    return read_nifti_header(path)
 
 
 def read_case(
-    path: PathLike, *, allow_constant: bool = False
+    path: PathLike,
+    *,
+    allow_constant: bool = False,
+    series_uid: str | None = None,
+    follow_links: bool | None = None,
 ) -> tuple[npt.NDArray[np.float32], VolumeHeader]:
     """Read a case whole: a NIfTI file or a DICOM series folder.
 
     Args:
         path: the file or folder.
         allow_constant: accept an image whose voxels are all equal, for example an empty label map.
+        series_uid: as in :func:`~medsr.io.dicom.read_series_header`; a NIfTI file has none.
+        follow_links: the same.
 
     Shape:
         - Output: ``(X, Y, Z)`` or ``(X, Y, Z, T)``.
@@ -236,8 +287,18 @@ def read_case(
         medsr.errors.DataError: none.nii: no such file
     """
     path = Path(path)
-    reader = read_series if path.is_dir() else read_nifti
-    return reader(path, allow_constant=allow_constant)
+    if path.is_dir():
+        return read_series(
+            path, series_uid=series_uid, follow_links=follow_links, allow_constant=allow_constant
+        )
+    return read_nifti(path, allow_constant=allow_constant)
+
+
+def _is_safe(char: str) -> bool:
+    if char.isascii():
+        return char.isalnum() or char in "._-"
+    # All but control and format characters, halves of characters, unassigned ones, and spaces.
+    return unicodedata.category(char)[0] not in "CZ"
 
 
 def _suffix(path: Path, suffixes: Sequence[str] = _SUFFIXES) -> str:
@@ -256,7 +317,7 @@ def _name(path: Path) -> str:
     return path.name if path.name not in ("", "..") else path.resolve().name
 
 
-def _expand(path: Path) -> list[Path]:
+def _expand(path: Path, *, follow_links: bool | None) -> list[Path]:
     """The images that one path names."""
     name = _name(path)
     try:
@@ -273,6 +334,7 @@ def _expand(path: Path) -> list[Path]:
     found = list_folder(
         path,
         lambda child: _is_series(child, unreadable=True) if child.is_dir() else bool(_suffix(child)),
+        follow_links=follow_links,
     )
     if _is_series(path, unreadable=not found):
         if found:

@@ -9,6 +9,7 @@ no patient data can reach a message, a note or an output.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medsr.errors import DataError, GeometryError
+from medsr.errors import DataError, GeometryError, SettingError
 from medsr.geometry import FloatArray, validate_affine
 from medsr.io.nifti import VolumeHeader, refuse_constant, refuse_oversize
 
@@ -51,6 +52,9 @@ _TAGS = [
     "ModalityLUTSequence",
     "LossyImageCompression",
     "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "Modality",
+    "ImageType",
     "PerFrameFunctionalGroupsSequence",
 ]
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
@@ -78,7 +82,9 @@ class _Image:
     slope: float
     intercept: float
     lossy: bool
-    padded: bool
+    padding: tuple[int, int] | None
+    modality: str
+    kind: frozenset[str]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -102,7 +108,9 @@ def is_dicom_series(folder: str | os.PathLike[str]) -> bool:
     )
 
 
-def read_series_header(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> VolumeHeader:
+def read_series_header(
+    folder: str | os.PathLike[str], *, series_uid: str | None = None, follow_links: bool | None = None
+) -> VolumeHeader:
     """Read and judge the headers of a DICOM series.
 
     Pixels are read only where two images share a position, to tell a copy from another image.
@@ -110,8 +118,10 @@ def read_series_header(folder: str | os.PathLike[str], *, series_uid: str | None
     Args:
         folder: folder with the files of one series; sub-folders are not searched.
         series_uid: which series, when the folder holds several: its SeriesInstanceUID or the end of it.
+        follow_links: read files behind links that leave the folder, see :func:`~medsr.io.cases.list_folder`.
 
     Raises:
+        SettingError: if ``series_uid`` is no text.
         DataError: if there is no image, or one is damaged, in colour, multi-frame or has no decoder here.
         GeometryError: if positions are missing, repeated, irregular or sheared, or the images differ in grid.
 
@@ -120,11 +130,15 @@ def read_series_header(folder: str | os.PathLike[str], *, series_uid: str | None
         Traceback (most recent call last):
         medsr.errors.DataError: no-such-folder: no such folder
     """
-    return _survey(Path(folder), series_uid)[1]
+    return _survey(Path(folder), series_uid, follow_links=follow_links)[1]
 
 
 def read_series(
-    folder: str | os.PathLike[str], *, series_uid: str | None = None, allow_constant: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    series_uid: str | None = None,
+    follow_links: bool | None = None,
+    allow_constant: bool = False,
 ) -> tuple[npt.NDArray[np.float32], VolumeHeader]:
     """Read a DICOM series as one float32 volume with the rescale of every slice applied.
 
@@ -133,6 +147,7 @@ def read_series(
     Args:
         folder: folder with the files of one series.
         series_uid: as in :func:`read_series_header`.
+        follow_links: the same.
         allow_constant: accept an image whose voxels are all equal.
 
     Shape:
@@ -148,10 +163,14 @@ def read_series(
         medsr.errors.DataError: no-such-folder: no such folder
     """
     folder = Path(folder)
-    images, header = _survey(folder, series_uid)
+    images, header = _survey(folder, series_uid, follow_links=follow_links)
     stack = np.empty((len(images), images[0].rows, images[0].columns), dtype=np.float32)
     for index, image in enumerate(images):
         stack[index] = _pixels(image)
+    padding = np.isnan(stack)
+    if padding.any():
+        # A value that means nothing, often the lowest or highest there is, would decide about the intensity scale.
+        stack[padding] = 0 if padding.all() else stack[~padding].min()
     array = stack.transpose(2, 1, 0)
     if not np.isfinite(array).all():
         raise DataError(
@@ -162,9 +181,11 @@ def read_series(
     return array, header
 
 
-def _survey(folder: Path, series_uid: str | None) -> tuple[list[_Image], VolumeHeader]:
+def _survey(
+    folder: Path, series_uid: str | None, *, follow_links: bool | None
+) -> tuple[list[_Image], VolumeHeader]:
     name = _name(folder)
-    images, notes = _scan(folder)
+    images, notes = _scan(folder, follow_links=follow_links)
     images = _one_series(images, series_uid, name)
     images = _in_order(_same_grid(images, name), name, notes)
     affine = _affine(images, name)
@@ -176,8 +197,9 @@ def _survey(folder: Path, series_uid: str | None) -> tuple[list[_Image], VolumeH
         notes.append("MONOCHROME1 was inverted over its stored range: larger is brighter")
     if any(image.lossy for image in images):
         notes.append("the source was compressed with loss")
-    if any(image.padded for image in images):
-        notes.append("PixelPaddingValue is set: voxels outside the field of view hold it")
+    if any(image.padding for image in images):
+        notes.append("PixelPaddingValue is set: voxels that hold it become background")
+    _note_origin(images, notes)
     header = VolumeHeader(
         path=folder,
         shape=(images[0].columns, images[0].rows, len(images)),
@@ -189,6 +211,18 @@ def _survey(folder: Path, series_uid: str | None) -> tuple[list[_Image], VolumeH
     return images, header
 
 
+def _note_origin(images: list[_Image], notes: list[str]) -> None:
+    """What else than an acquired MR image the series may be; only codes are quoted, never free text."""
+    for modality in sorted({image.modality for image in images} - {"MR", ""}):
+        notes.append(f"Modality is {modality if re.fullmatch('[A-Z]{2,6}', modality) else 'unknown'}, not MR")
+    for word in ("DERIVED", "SECONDARY"):
+        count = sum(word in image.kind for image in images)
+        if count:
+            notes.append(
+                f"{count} of {len(images)} images are marked {word}: not as the scanner acquired them"
+            )
+
+
 def _name(folder: Path) -> str:
     return folder.name or folder.resolve().name
 
@@ -196,7 +230,7 @@ def _name(folder: Path) -> str:
 # --- Files --------------------------------------------------------------------------------------------------
 
 
-def _scan(folder: Path) -> tuple[list[_Image], list[str]]:
+def _scan(folder: Path, *, follow_links: bool | None) -> tuple[list[_Image], list[str]]:
     name = _name(folder)
     if not folder.exists():
         raise DataError(f"{name}: no such folder")
@@ -212,11 +246,17 @@ def _scan(folder: Path) -> tuple[list[_Image], list[str]]:
     for path in paths:
         if path.is_dir():
             continue
+        if path.is_symlink() and not path.exists() and not path.name.startswith("."):
+            # It may be a slice that was not fetched.
+            raise DataError(f"{path.name}: a link to a file that is not there")
         if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
             skipped += 1
             continue
-        if path.is_symlink() and root not in path.resolve().parents:
-            raise DataError(f"{path.name}: a link that leaves the folder {name}; put a copy there instead")
+        if not follow_links and path.is_symlink() and root not in path.resolve().parents:
+            raise DataError(
+                f"{path.name}: a link that leaves the folder {name}; put a copy there instead"
+                + ("" if follow_links is None else ", or set follow_links to true")
+            )
         preamble = _looks_like_dicom(path)
         if preamble is None:
             skipped += 1
@@ -361,7 +401,10 @@ def _facts(path: Path, dataset: Any, preamble: bool, stopped: int) -> _Image | N
         slope=1.0 if slope is None else slope,
         intercept=intercept or 0.0,
         lossy=_text(dataset, "LossyImageCompression") == "01",
-        padded="PixelPaddingValue" in dataset,
+        padding=_padding(dataset),
+        modality=_text(dataset, "Modality"),
+        kind=frozenset(_text(dataset, "ImageType").split("\\"))
+        | ({"SECONDARY"} if "Secondary Capture" in sop_class.name else set()),
     )
     if image.rows < 1 or image.columns < 1:
         raise DataError(f"{name}: no pixels ({image.rows} rows, {image.columns} columns)")
@@ -445,6 +488,22 @@ def _numbers(dataset: Any, keyword: str, *, name: str, count: int = 1) -> tuple[
     return values[:count]
 
 
+def _padding(dataset: Any) -> tuple[int, int] | None:
+    """Lowest and highest stored value that means padding, or None."""
+    signed = bool(dataset.get("PixelRepresentation"))
+    ends = []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        element = dataset.get_item(keyword) if keyword in dataset else None
+        value = None if element is None else element.value
+        if isinstance(value, bytes):
+            # Whether it is signed is a matter of the pixels, and often told wrongly.
+            order = "little" if element.is_little_endian else "big"
+            value = int.from_bytes(value, order, signed=signed) if value else None
+        if value is not None:
+            ends.append(int(value))
+    return (min(ends), max(ends)) if ends else None
+
+
 def _number(dataset: Any, keyword: str, *, name: str) -> float | None:
     values = _numbers(dataset, keyword, name=name)
     return None if values is None else values[0]
@@ -456,6 +515,10 @@ def _number(dataset: Any, keyword: str, *, name: str) -> float | None:
 def _one_series(images: list[_Image], series_uid: str | None, name: str) -> list[_Image]:
     counts = Counter(image.series for image in images)
     if series_uid is not None:
+        # A command line makes numbers of digits; one with a dot loses its last zeros.
+        if isinstance(series_uid, float):
+            raise SettingError(f"series_uid was read as the number {series_uid}; give more of the UID")
+        series_uid = str(series_uid)
         matching = [uid for uid in counts if uid.endswith(series_uid)]
         if len(matching) != 1:
             raise DataError(
@@ -464,7 +527,8 @@ def _one_series(images: list[_Image], series_uid: str | None, name: str) -> list
         return [image for image in images if image.series == matching[0]]
     if len(counts) > 1:
         raise GeometryError(
-            f"{name}: {len(counts)} series in one folder ({_list(counts)}); put each into a folder of its own"
+            f"{name}: {len(counts)} series in one folder ({_list(counts)}); "
+            "set series_uid to the end of one's UID, or put each into a folder of its own"
         )
     return images
 
@@ -557,7 +621,7 @@ def _in_order(images: list[_Image], name: str, notes: list[str]) -> list[_Image]
         for other in group[1:]:
             # The comparison reads pixels, but only of images that claim the same place.
             if np.allclose(first.position, other.position, rtol=0, atol=_SAME_DEPTH_MM) and np.array_equal(
-                _pixels(first), _pixels(other)
+                _pixels(first), _pixels(other), equal_nan=True
             ):
                 dropped += 1
                 continue
@@ -664,7 +728,7 @@ def _thickness(images: list[_Image], spacing: float, notes: list[str]) -> float 
 
 
 def _pixels(image: _Image) -> npt.NDArray[np.float32]:
-    """Rescaled values of one slice, (rows, columns)."""
+    """Rescaled values of one slice, (rows, columns); NaN where there is padding."""
     dataset, _ = _dataset(image.path, bool(_looks_like_dicom(image.path)), pixels=True)
     syntax = _syntax(dataset)
     if "PixelData" not in dataset:
@@ -689,12 +753,14 @@ def _pixels(image: _Image) -> npt.NDArray[np.float32]:
         raise
     except Exception as error:  # decoders raise many kinds
         raise DataError(f"{image.path.name}: pixel data cannot be decoded ({type(error).__name__})") from None
+    padding = _between(stored, image.padding)
     values = stored.astype(np.int64 if image.bits_allocated == 32 else np.int32)
     # Some scanners keep overlays in the bits above BitsStored.
     values &= (1 << image.bits_stored) - 1
     if image.signed:
         half = 1 << (image.bits_stored - 1)
         values = (values ^ half) - half
+    padding |= _between(values, image.padding)
     if image.photometric == "MONOCHROME1":
         values = (-1 if image.signed else (1 << image.bits_stored) - 1) - values
     result = values.astype(np.float32)
@@ -702,4 +768,12 @@ def _pixels(image: _Image) -> npt.NDArray[np.float32]:
         result *= np.float32(image.slope)
     if image.intercept != 0:
         result += np.float32(image.intercept)
+    # Zero is background already, and what most scanners fill the corners of MR images with.
+    result[padding & (result != 0)] = np.nan
     return result
+
+
+def _between(values: npt.NDArray[Any], ends: tuple[int, int] | None) -> npt.NDArray[np.bool_]:
+    if ends is None:
+        return np.zeros(values.shape, dtype=bool)
+    return np.asarray((values >= ends[0]) & (values <= ends[1]))

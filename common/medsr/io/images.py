@@ -126,11 +126,6 @@ class ImageEncoding:
     dpi: tuple[float, float] | None = None
     png_colour: tuple[tuple[str, bytes], ...] = ()
 
-    @property
-    def suffix(self) -> str:
-        """The file name ending of a result: TIFF stays TIFF, all else becomes PNG, which loses nothing."""
-        return ".tif" if self.file_format == "TIFF" else ".png"
-
     def magnified(self, scale: float) -> ImageEncoding:
         """The encoding of an image with ``scale`` times as many pixels per inch."""
         dpi = None if self.dpi is None else (self.dpi[0] * scale, self.dpi[1] * scale)
@@ -395,8 +390,8 @@ def _refuse_bomb(name: str, pixels: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise DataError(
-            f"{name}: {pixels} pixels, the limit of Pillow against decompression bombs is {limit}; crop it, or "
-            "raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+            f"{name}: {pixels} pixels, more than the {limit} up to which files are trusted not to be decompression "
+            "bombs; cut it into parts"
         ) from None
 
 

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import MetaKeys, SpaceKeys
 
-from medsr.errors import SettingError
+from medsr.errors import DataError, SettingError
 from medsr.io.cases import read_case
 from medsr.io.images import read_image
 
@@ -31,13 +31,16 @@ class LoadVolumed(MapTransform):
 
     The metadata hold ``affine`` and ``original_affine`` (RAS+, mm, float64), ``spatial_shape``,
     ``filename_or_obj``, ``sform_code``, ``qform_code`` and ``notes``, one warning per line;
-    ``slice_thickness_mm`` is present only when it is known (use ``meta.get``). Text and absence survive the
-    default collate function of a loader; a list of varying length or None would stop it.
+    ``slice_thickness_mm`` is present only when it is known (use ``meta.get``), and so are ``step``, the distance of
+    the volumes of a 4D image, and ``step_unit``. Text and absence survive the default collate function of a loader;
+    a list of varying length or None would stop it.
 
     Args:
         keys: items that hold a path; each is replaced by the image.
         allow_constant: accept images whose voxels are all equal, for example empty label maps.
         allow_missing_keys: skip items that a sample does not have.
+        series_uid: which series of a DICOM folder that holds several: its SeriesInstanceUID or the end of it.
+        follow_links: read slices behind links that leave their folder, see :func:`~medsr.io.cases.list_folder`.
 
     Shape:
         - Output: ``(C, X, Y, Z)`` float32; C is the fourth axis of the file, or 1.
@@ -52,20 +55,36 @@ class LoadVolumed(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection, *, allow_constant: bool = False, allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection,
+        *,
+        allow_constant: bool = False,
+        allow_missing_keys: bool = False,
+        series_uid: str | None = None,
+        follow_links: bool | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.allow_constant = allow_constant
+        self.reading: dict[str, Any] = {
+            "allow_constant": allow_constant,
+            "series_uid": series_uid,
+            "follow_links": follow_links,
+        }
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace the path at every key by its image."""
         result = dict(data)
         for key in self.key_iterator(result):
-            result[key] = self._load(result[key])
+            try:
+                result[key] = self._load(result[key])
+            except DataError as error:
+                if key == "image":
+                    raise
+                # In a labelled folder the mask is called like its image.
+                raise type(error)(f"{key} {error}") from None
         return result
 
     def _load(self, path: Any) -> MetaTensor:
-        array, header = read_case(path, allow_constant=self.allow_constant)
+        array, header = read_case(path, **self.reading)
         array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
         affine = torch.from_numpy(header.affine.copy())
         meta: dict[str, Any] = {
@@ -80,6 +99,8 @@ class LoadVolumed(MapTransform):
         }
         if header.slice_thickness_mm is not None:
             meta["slice_thickness_mm"] = header.slice_thickness_mm
+        if header.step is not None:
+            meta.update(step=header.step, step_unit=header.step_unit)
         return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=affine, meta=meta)
 
 

@@ -39,6 +39,7 @@ _GZIP_RATIO = 1032  # Deflate cannot expand a byte into more than this.
 _TRAILING_LIMIT = 2**24
 _HEADER_BYTES = 540  # The size of a NIfTI-2 header, the larger of the two.
 _SIDECAR_LIMIT = 2**24
+_STEP_UNITS = {8: "sec", 16: "msec", 24: "usec", 32: "hz", 40: "ppm", 48: "rads"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,8 @@ class VolumeHeader:
         sform_code: NIfTI code of the sform (1, scanner, for DICOM).
         qform_code: NIfTI code of the qform (1, scanner, for DICOM).
         notes: warnings for the run report; they hold no patient data.
+        step: of a 4D image the distance of its volumes, such as the repetition time; None when it is not recorded.
+        step_unit: NIfTI's name of its unit: ``sec``, ``msec``, ``usec``, ``hz``, ``ppm``, ``rads`` or ``unknown``.
 
     Example:
         >>> VolumeHeader(Path("a.nii"), (8, 9, 4), np.eye(4), np.dtype("int16")).shape
@@ -70,6 +73,8 @@ class VolumeHeader:
     sform_code: int = 1
     qform_code: int = 1
     notes: tuple[str, ...] = ()
+    step: float | None = None
+    step_unit: str = "unknown"
 
 
 def read_nifti_header(path: str | os.PathLike[str]) -> VolumeHeader:
@@ -256,6 +261,7 @@ def _parse(path: Path) -> tuple[VolumeHeader, int, float, float]:
     notes: list[str] = []
     affine = _affine(raw, name, notes)
     thickness = _sidecar(path, affine, notes)
+    step = float(raw["pixdim"][4]) if len(shape) == 4 else 0.0
     header = VolumeHeader(
         path=path,
         shape=shape,
@@ -265,6 +271,8 @@ def _parse(path: Path) -> tuple[VolumeHeader, int, float, float]:
         sform_code=int(raw["sform_code"]),
         qform_code=int(raw["qform_code"]),
         notes=tuple(notes),
+        step=step if np.isfinite(step) and step > 0 else None,
+        step_unit=_STEP_UNITS.get(int(raw["xyzt_units"]) & 0x38, "unknown"),
     )
     return (
         header,

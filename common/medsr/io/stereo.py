@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
 from medsr.errors import DataError
+from medsr.io.cases import case_name, same_name
 from medsr.io.images import find_images
 
 __all__ = ["StereoCalibration", "find_stereo_cases", "find_stereo_pairs", "read_calibration"]
@@ -170,10 +171,11 @@ def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, s
     for folder, found in files.items():
         alone = [item for item in found if _SIDE.match(item["case"]) is None]
         items += [*_cases(*_sides(folder, [item for item in found if item not in alone])), *alone]
-    names = [item["case"].casefold() for item in items]
-    twice = [item["case"] for item in items if names.count(item["case"].casefold()) > 1]
-    if twice:
-        raise DataError(f"two inputs have the case name {twice[0]}; rename one of them")
+    seen: dict[str, dict[str, str]] = {}
+    for item in items:
+        other = seen.setdefault(item["case"].casefold(), item)
+        if other is not item:
+            raise same_name(item["case"], other["image"], item["image"])
     return sorted(items, key=lambda item: item["case"])
 
 
@@ -245,10 +247,11 @@ def _sides(folder: Path, items: Sequence[dict[str, str]]) -> _Sides:
                 f"{folder.name}: {Path(item['image']).name} is neither left nor right; name it <case>_left or "
                 "<case>_right, or use folders left/ and right/"
             )
-        case = match["case"] or folder.resolve().name
-        if case in sides[match["side"].lower()]:
-            raise DataError(f"{folder.name}: {case} has two {match['side'].lower()} views; keep one of them")
-        sides[match["side"].lower()][case] = item["image"]
+        case, side = match["case"] or case_name(folder, suffixes=()), match["side"].lower()
+        other = sides[side].setdefault(case, item["image"])
+        if other != item["image"]:
+            names = " and ".join(Path(path).name for path in (other, item["image"]))
+            raise DataError(f"{folder.name}: {case} has two {side} views, {names}; keep one of them")
     return sides["left"], sides["right"]
 
 

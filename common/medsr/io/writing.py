@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import time
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +37,15 @@ _STALE_SECONDS = 24 * 3600.0
 PathLike = str | os.PathLike[str]
 
 
-def probe_folder(folder: PathLike) -> Path:
-    """Make sure that a folder exists and can be written to, before hours of computing depend on it.
+def probe_folder(folder: PathLike, *, create: bool = True) -> Path:
+    """Make sure that a folder can be written to, before hours of computing depend on it.
 
     Temporary files of ours that a killed run left there more than a day ago are removed.
 
     Args:
-        folder: output folder; created with its parents if missing.
+        folder: output folder.
+        create: create it with its parents if it is missing. If not, it is tried whether that would be possible, and a
+            run that is refused after all leaves nothing behind.
 
     Raises:
         OutputError: if it cannot be created, is not a folder or is not writable.
@@ -53,8 +56,10 @@ def probe_folder(folder: PathLike) -> Path:
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / _temporary_name("probe")
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        place = next(one for one in (folder, *folder.absolute().parents) if _is_there(one))
+        probe = place / _temporary_name("probe")
         try:
             probe.write_bytes(b"medsr")
         finally:
@@ -116,6 +121,8 @@ def write_nifti(
     sform_code: int = 1,
     qform_code: int = 1,
     dtype: npt.DTypeLike = np.float32,
+    step: float | None = None,
+    step_unit: str = "unknown",
 ) -> Path:
     """Write a volume as NIfTI, read every voxel back, and only then give the file its name.
 
@@ -129,6 +136,8 @@ def write_nifti(
         sform_code: NIfTI code of the sform; 0 is raised to 1.
         qform_code: NIfTI code of the qform; 0 is raised to 1.
         dtype: type of the stored voxels.
+        step: distance of the volumes of a 4D image, such as the repetition time.
+        step_unit: its unit, as in :class:`~medsr.io.nifti.VolumeHeader`.
 
     Shape:
         - Input: ``(X, Y, Z)`` or ``(X, Y, Z, T)``.
@@ -156,7 +165,9 @@ def write_nifti(
         image = nib.Nifti1Image(data, matrix, dtype=data.dtype)
         image.set_sform(matrix, code=max(1, int(sform_code)))
         image.set_qform(matrix, code=max(1, int(qform_code)))
-        image.header.set_xyzt_units(xyz="mm")
+        image.header.set_xyzt_units(xyz="mm", t=step_unit)
+        if step is not None:
+            image.header.set_zooms((*image.header.get_zooms()[:3], float(step)))
     except (nib.spatialimages.HeaderDataError, ValueError) as error:
         raise OutputError(f"{name}: NIfTI cannot hold this volume ({error})") from None
     with atomic_path(final) as temporary:
@@ -172,7 +183,7 @@ def write_nifti(
 
 
 def write_json(path: PathLike, content: Any) -> Path:
-    """Write an object as JSON, whole or not at all.
+    """Write an object as JSON, whole or not at all; its folder is created if it is missing.
 
     NaN and infinity are refused, because JSON has no such numbers and strict parsers stop at them.
 
@@ -191,6 +202,10 @@ def write_json(path: PathLike, content: Any) -> Path:
         raise OutputError(
             f"{final.name}: not expressible in JSON ({type(error).__name__}); nothing was saved"
         ) from None
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{_name(final.parent)}: cannot be created ({_reason(error)})") from None
     with atomic_path(final) as temporary:
         # A file name that is not UTF-8 holds lone surrogates; JSON has escapes for them.
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
@@ -216,7 +231,9 @@ def write_figure(path: PathLike, figure: Figure, *, dpi: int = 120) -> Path:
     final = Path(path)
     if final.suffix.lower() != ".png":
         raise OutputError(f"{final.name}: a figure is written as .png")
-    with atomic_path(final) as temporary:
+    with atomic_path(final) as temporary, warnings.catch_warnings():
+        # The name of a case may be in a script that no font here has; boxes in a title are no reason to worry.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary, format="png", dpi=dpi)
     return final
 
@@ -228,6 +245,15 @@ def _temporary_name(name: str) -> str:
 
 def _name(folder: Path) -> str:
     return folder.name or folder.resolve().name
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything, a link to nothing included; what no name can be is an error."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _reason(error: OSError) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +153,24 @@ def test_earlier_results_outlive_a_run_that_replaces_nothing(tmp_path):
     assert files(tmp_path) == []
 
 
+def test_results_that_the_new_run_does_not_make_go_once_it_is_whole(tmp_path):
+    CaseOutput(tmp_path).write(item(), FACTS)
+    CaseOutput(tmp_path).write(item("b"), FACTS)
+    everything = files(tmp_path)
+    again = CaseOutput(tmp_path, figure=False, overwrite=True)
+    broken = item(uncertainty=False)
+    broken["pred"] = broken["pred"] * float("nan")
+    with pytest.raises(OutputError, match="NaN"):
+        again.write(broken, FACTS)
+    assert files(tmp_path) == everything
+    again.write(item(uncertainty=False), FACTS)
+    assert [name for name in files(tmp_path) if name.startswith("a")] == ["a_superres.nii.gz"]
+    assert again.written["a"] == ["a_superres.nii.gz"]
+    assert [name for name in files(tmp_path) if name.startswith("b")] == [
+        name for name in everything if name.startswith("b")
+    ]
+
+
 def test_the_figure_is_drawn_from_the_item_and_the_facts_by_whom_one_chooses(tmp_path):
     from matplotlib.figure import Figure
 
@@ -249,6 +268,83 @@ def test_the_report_says_what_was_removed_per_grid_and_class(tmp_path):
         "input_grid": {"1": nothing, "2": nothing},
     }
     assert case["output_size"] == [16, 16, 20]
+
+
+def run_of(folder: Path, *cases: str, failed: str = "", settings: Mapping[str, Any] | None = None) -> None:
+    """A run that writes these cases into the folder."""
+    output = CaseOutput(folder, figure=False, overwrite=True)
+    report = RunReport(folder, settings or {"width": 0.25, "patch_size": (8, 8)}, output=output)
+    for case in cases:
+        one = {**item(), "case": case}
+        output.write(one, FACTS)
+        report._record(engine_of(one))
+    report(engine_of(failures={failed: "reason"} if failed else {}))
+
+
+def test_cases_of_earlier_runs_stay_in_the_report(tmp_path):
+    run_of(tmp_path, "a", "b", failed="c")
+    first = reported(tmp_path)["written"]
+    run_of(tmp_path, "d")
+    found = reported(tmp_path)
+    assert list(found["cases"]) == ["a", "b", "d"]
+    assert (found["succeeded"], found["failed"]) == (3, 0)
+    assert found["cases"]["a"]["files"] == ["a_superres.nii.gz", "a_uncertainty.nii.gz"]
+    # Nothing but the time was different.
+    assert found["cases"]["a"]["earlier_run"] == {"written": first}
+    assert "earlier_run" not in found["cases"]["d"]
+
+
+def test_cases_that_are_run_again_or_whose_files_are_gone_do_not(tmp_path):
+    run_of(tmp_path, "a", "b", "c", failed="d")
+    (tmp_path / "b_uncertainty.nii.gz").unlink()
+    run_of(tmp_path, "a", failed="c")
+    found = reported(tmp_path)
+    assert {case: entry["status"] for case, entry in found["cases"].items()} == {"a": "done", "c": "failed"}
+    assert not any("earlier_run" in entry for entry in found["cases"].values())
+
+
+def test_the_report_tells_how_cases_of_earlier_runs_were_made(tmp_path):
+    run_of(tmp_path, "a", settings={"width": 0.5})
+    first = reported(tmp_path)["written"]
+    for case in "bc":
+        run_of(tmp_path, case)
+        assert reported(tmp_path)["cases"]["a"]["earlier_run"] == {
+            "written": first,
+            "settings": {"width": 0.5},
+        }
+    assert set(reported(tmp_path)["cases"]["b"]["earlier_run"]) == {"written"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"cases": 3}', '{"cases": {"a": 1}}', '{"cases": {"a": {"files": [1]}}}']
+)
+def test_a_report_that_says_nothing_is_replaced(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    run_of(tmp_path, "b")
+    assert list(reported(tmp_path)["cases"]) == ["b"]
+
+
+def test_a_time_series_keeps_its_repetition_time(tmp_path):
+    import nibabel as nib
+
+    for channels in (1, 3):
+        one = item(channels=channels)
+        for key in ("pred", "uncertainty"):
+            one[key].meta.update(step=torch.tensor([2.5]), step_unit="sec")
+        CaseOutput(tmp_path / str(channels), figure=False).write(one, FACTS)
+        found = nib.load(tmp_path / str(channels) / "a_superres.nii.gz").header
+        assert found.get_xyzt_units() == ("mm", "sec" if channels == 3 else "unknown")
+        assert found.get_zooms() == ((1, 1, 1, 2.5) if channels == 3 else (1, 1, 1))
+
+
+def test_the_configs_of_the_command_line_are_hashed_too(tmp_path, monkeypatch):
+    configs = [tmp_path / name for name in ("inference.json", "mine.json")]
+    for config in configs:
+        config.write_text(json.dumps({"name": config.name}))
+    words = ["run", "--config_file", str([str(config) for config in configs])]
+    monkeypatch.setattr("sys.argv", ["monai.bundle", *words])
+    report = RunReport(tmp_path, config_files=configs[:1])
+    assert report.hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in configs}
 
 
 def test_a_missing_weight_file_has_no_hash(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from medsr.errors import DataError
+from medsr.errors import DataError, SettingError
 from medsr.io.cases import case_name, find_cases, find_labelled_cases, inspect_case, read_case
 
 
@@ -55,7 +55,12 @@ def test_one_name_for_two_inputs(nifti, tmp_path):
     refused([tmp_path / "a.nii", tmp_path / "a.nii"], "a.nii: given twice")
     nifti(name="B c.nii")
     nifti(name="b_c.nii")
-    refused([tmp_path / "B c.nii", tmp_path / "b_c.nii"], "same case name")
+    refused([tmp_path / "B c.nii", tmp_path / "b_c.nii"], "B c.nii and b_c.nii have the same case name b_c")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "a.nii").rename(tmp_path / "two" / "a.nii.gz")
+    refused(
+        [tmp_path / "a.nii.gz", tmp_path / "two" / "a.nii.gz"], r"\w+/a.nii.gz and two/a.nii.gz have the same"
+    )
 
 
 def test_series_beside_other_cases_is_ambiguous(series, nifti):
@@ -69,11 +74,17 @@ def test_links_that_leave_the_folder(nifti, series, tmp_path):
     inner = tmp_path / "inner"
     inner.mkdir()
     (inner / "b.nii").symlink_to(path)
-    refused(inner, "leaves the folder")
+    refused(inner, "leaves the folder inner; name the file itself instead$")
+    with pytest.raises(DataError, match=r"itself instead, or set follow_links to true$"):
+        find_cases(inner, follow_links=False)
+    assert [item["case"] for item in find_cases(inner, follow_links=True)] == ["b"]
+    with pytest.raises(SettingError, match="follow_links must be true or false, got 'yes'"):
+        find_cases(inner, follow_links="yes")
     assert names(inner / "b.nii") == ["b"]
     (inner / "b.nii").unlink()
     (inner / "s").symlink_to(series(), target_is_directory=True)
     refused(inner, "leaves the folder")
+    assert [item["case"] for item in find_cases(inner, follow_links=True)] == ["s"]
 
 
 def test_a_broken_link_is_a_case_that_fails(nifti, tmp_path):
@@ -126,12 +137,43 @@ def test_what_cannot_be_read_is_a_case_that_fails(nifti, series, tmp_path, monke
         "Müller, $(rm)",
         "..nii",
         "日本.nii.gz",
+        "眼" * 200,
+        "a\u202e\ud800\x00\u00a0b",
     ],
 )
 def test_case_names_are_safe(name):
     safe = case_name(Path(name))
-    assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", safe)
+    assert re.fullmatch(r"[\w-][\w.-]{0,99}", safe)
+    # With the longest ending and the mark of an unfinished file.
+    assert len(safe.encode()) <= 200
     assert safe.casefold() not in ("con", "nul")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Ασθενής 1", "Ασθενής_1"),
+        ("пациент-2", "пациент-2"),
+        ("眼底（左）", "眼底（左）"),
+        # Vowels of this script are marks, not letters.
+        ("रोगी", "रोगी"),
+        ("e\u0301cran", "écran"),
+        ("a'b\"c$d;e", "a_b_c_d_e"),
+        ("می\u200cخواهم", "می_خواهم"),
+    ],
+)
+def test_letters_of_any_script_stay_in_the_name(name, expected):
+    assert case_name(f"{name}.nii") == expected
+
+
+def test_names_in_another_script_do_not_clash(nifti, tmp_path):
+    for name in ("Άννα.nii", "Ελένη.nii", "李雷.nii", "韩梅.nii"):
+        nifti(name=name)
+    assert len(set(names(tmp_path))) == 4
+    # One name on a Mac.
+    (tmp_path / "two").mkdir()
+    paths = [nifti(name="e\u0301.nii"), nifti(name="\u00e9.nii")]
+    refused(paths, "have the same case name \u00e9")
 
 
 def test_the_folder_above_has_its_own_name(series, tmp_path, monkeypatch):

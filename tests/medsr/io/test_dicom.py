@@ -4,11 +4,12 @@ import shutil
 
 import numpy as np
 import pytest
-from medsr.errors import DataError, GeometryError, MedsrError
+from medsr.errors import DataError, GeometryError, MedsrError, SettingError
 from medsr.io import dicom as module
 from medsr.io.dicom import is_dicom_series, read_series, read_series_header
 
 OTHER = "1.2.3.222222"
+ROWS, COLUMNS = 32, 40
 
 
 def refused(folder, fragment, kind=GeometryError, *, header=True, **options):
@@ -139,12 +140,20 @@ def test_gantry_tilt(series):
 def test_two_series(series, volume, expected_affine):
     folder = series()
     series(uid=OTHER, prefix="other", count=7)
-    message = refused(folder, "2 series in one folder.*put each into a folder of its own")
+    message = refused(
+        folder, "2 series in one folder.*set series_uid to the end.*put each into a folder of its own"
+    )
     assert "...111111: 12 images" in message
     assert "...222222: 7 images" in message
     accepted(folder, volume, expected_affine(), series_uid="1.2.3.111111")
     accepted(folder, volume[:, :, :7], expected_affine(), series_uid="222222")
+    # A command line makes numbers of digits.
+    accepted(folder, volume[:, :, :7], expected_affine(), series_uid=222222)
     refused(folder, "0 of 2 series end in", DataError, series_uid="333333")
+    with pytest.raises(
+        SettingError, match=r"series_uid was read as the number 3\.2222; give more of the UID"
+    ):
+        read_series(folder, series_uid=3.2222)
 
 
 def test_localiser_of_the_same_series(series):
@@ -351,6 +360,85 @@ def test_lossy_source_and_padding_are_noted(series):
     assert any("PixelPaddingValue" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("value", "kind", "signed", "photometric"),
+    [
+        (4000, "US", 0, "MONOCHROME2"),
+        # Outside the bits that count.
+        (63536, "US", 0, "MONOCHROME2"),
+        (-2000, "SS", 1, "MONOCHROME2"),
+        # The same bytes, told to be unsigned.
+        (63536, "US", 1, "MONOCHROME2"),
+        # Air is bright there before it is inverted, and so is padding of 0 afterwards.
+        (0, "US", 0, "MONOCHROME1"),
+    ],
+)
+def test_padding_becomes_the_lowest_of_the_other_values(series, value, kind, signed, photometric):
+    stored = np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS) + 100
+
+    def edit(index, ds):
+        pixels = stored + 10 * index
+        ds.PixelRepresentation, ds.PhotometricInterpretation = signed, photometric
+        ds.add_new("PixelPaddingValue", kind, value)
+        pixels[:3] = value
+        ds.PixelData = pixels.astype("<u2").tobytes()
+
+    def without(index, ds):
+        edit(index, ds)
+        del ds.PixelPaddingValue
+
+    found, _ = read_series(series(edit))
+    plain, _ = read_series(series(without, name="plain"))
+    assert (found[:, :3] == plain[:, 3:].min()).all()
+    np.testing.assert_array_equal(found[:, 3:], plain[:, 3:])
+    assert not (plain[:, :3] == plain[:, 3:].min()).any()
+
+
+def test_a_range_of_padding_and_zeros_that_are_background_already(series):
+    def edit(index, ds):
+        pixels = np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS) + 10
+        pixels[:3] = 0, *[3] * (COLUMNS - 1)
+        ds.add_new("PixelPaddingValue", "US", 5)
+        ds.add_new("PixelPaddingRangeLimit", "US", 0)
+        ds.PixelData = pixels.astype("<u2").tobytes()
+
+    found, _ = read_series(series(edit))
+    assert (found[:, :3] == 0).all()
+    assert (found[:, 3:] > 100).all()
+
+
+def test_a_series_of_padding_alone_is_constant(series):
+    def edit(index, ds):
+        ds.add_new("PixelPaddingValue", "US", 7)
+        ds.PixelData = np.full((ROWS, COLUMNS), 7, "<u2").tobytes()
+
+    refused(series(edit), "constant image", DataError, header=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"Modality": "CT"}, "Modality is CT, not MR"),
+        ({"Modality": "Jane Doe"}, "Modality is unknown, not MR"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "ADC"]}, "12 of 12 images are marked DERIVED"),
+        ({"ImageType": ["ORIGINAL", "SECONDARY"]}, "12 of 12 images are marked SECONDARY"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "12 of 12 images are marked SECONDARY"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "M"]}, None),
+    ],
+)
+def test_what_is_no_acquired_mr_image_is_noted(series, changes, expected):
+    def edit(index, ds):
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, value in changes.items():
+                setattr(ds, name, value)
+
+    notes = read_series_header(series(edit)).notes
+    assert [expected in note for note in notes] == ([True] if expected else [])
+
+
 # --- Encodings and files ----------------------------------------------------------------------------------
 
 
@@ -537,12 +625,17 @@ def test_modality_table(series):
     refused(series(edit), "Modality LUT", DataError)
 
 
-def test_link_out_of_the_folder(series, tmp_path):
+def test_link_out_of_the_folder(series, volume, expected_affine, tmp_path):
     folder = series()
     outside = tmp_path / "outside.dcm"
     (folder / "im_003.dcm").rename(outside)
     (folder / "im_003.dcm").symlink_to(outside)
-    refused(folder, "leaves the folder", DataError)
+    refused(folder, "leaves the folder.* instead$", DataError)
+    refused(folder, "leaves the folder.* or set follow_links to true$", DataError, follow_links=False)
+    accepted(folder, volume, expected_affine(), follow_links=True)
+    outside.unlink()
+    for follow in (False, True):
+        refused(folder, "im_003.dcm: a link to a file that is not there", DataError, follow_links=follow)
 
 
 def test_memory_is_checked_before_allocation(series, monkeypatch):

@@ -349,7 +349,7 @@ def test_tiff_that_cannot_be_read_exactly(tmp_path, bits, options, fragment):
 def test_decompression_bombs(tmp_path, monkeypatch, limit, suffix):
     path = save(tmp_path / f"a{suffix}", RGB)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    refused(path, f"54 pixels, the limit of Pillow .* is {limit};")
+    refused(path, f"^a.{suffix[1:]}: 54 pixels, more than the {limit} up to which .*; cut it into parts$")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     read_image(path)
 
@@ -612,7 +612,7 @@ def test_dicom_without_preamble(photo):
 def test_dicom_bomb(photo, monkeypatch):
     path = photo()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 53)
-    refused(path, "54 pixels, the limit of Pillow .* is 53")
+    refused(path, "54 pixels, more than the 53 up to which")
 
 
 @pytest.mark.parametrize("kept", [9, 12, 15, 20])
@@ -639,8 +639,6 @@ def test_a_magnified_image_has_more_pixels_per_inch():
     assert encoding.magnified(4) == dataclasses.replace(encoding, dpi=(400.0, 200.0))
     plain = ImageEncoding("PNG", 8, 3)
     assert plain.magnified(4) == plain
-    assert {ImageEncoding(kind, 8, 1).suffix for kind in ("PNG", "JPEG", "BMP", "DICOM")} == {".png"}
-    assert ImageEncoding("TIFF", 8, 1).suffix == ".tif"
 
 
 # --- Listing ----------------------------------------------------------------------------------------------
@@ -693,7 +691,7 @@ def test_links_that_leave_the_folder(tmp_path):
     inner = tmp_path / "inner"
     inner.mkdir()
     (inner / "b.png").symlink_to(path)
-    listing_refused(inner, "leaves the folder")
+    listing_refused(inner, "leaves the folder inner; name the file itself instead$")
     assert names(inner / "b.png") == ["b"]
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from medsr.errors import DataError, SettingError
+from medsr.errors import DataError, GeometryError, SettingError
 from medsr.io.images import ImageEncoding
 from medsr.io.loading import LoadImageFiled, LoadVolumed, loaded_name
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
@@ -40,6 +40,16 @@ def test_fourth_axis_becomes_channels(nifti):
     assert image.meta["spatial_shape"].tolist() == [2, 3, 4]
 
 
+def test_the_distance_of_the_volumes_is_kept_for_the_writer(nifti):
+    def edit(header):
+        header["pixdim"][4], header["xyzt_units"] = 2.5, 10
+
+    load, array = LoadVolumed(keys="image"), np.arange(120, dtype=np.int16).reshape(2, 3, 4, 5)
+    meta = load({"image": nifti(edit, array=array)})["image"].meta
+    assert (meta["step"], meta["step_unit"]) == (2.5, "sec")
+    assert not {"step", "step_unit"} & set(load({"image": nifti(edit)})["image"].meta)
+
+
 def test_series_without_patient_data(series, marker, expected_affine):
     def edit(index, ds):
         ds.SliceThickness = 3
@@ -48,6 +58,30 @@ def test_series_without_patient_data(series, marker, expected_affine):
     np.testing.assert_allclose(image.affine, expected_affine(), atol=1e-6)
     assert image.meta["notes"].splitlines() == ["slices are 3 mm thick every 5 mm: gap of 2 mm"]
     assert marker not in repr(image.meta)
+
+
+def test_one_of_two_series_in_a_folder_is_chosen(series):
+    series()
+    folder = series(uid="1.2.3.222222", prefix="other", count=7)
+    shapes = [
+        LoadVolumed(keys="image", series_uid=uid)({"image": folder})["image"].shape[-1]
+        for uid in ("111111", "222222")
+    ]
+    assert shapes == [12, 7]
+
+
+def test_a_mask_that_is_called_like_its_image_is_told_from_it(nifti, tmp_path):
+    item = {}
+    for key in ("image", "label"):
+        (tmp_path / key).mkdir()
+        item[key] = nifti().rename(tmp_path / key / "a.nii.gz")
+    for key, expected in (("label", "label a.nii.gz: empty file"), ("image", "a.nii.gz: empty file")):
+        item[key].write_bytes(b"")
+        with pytest.raises(DataError) as caught:
+            LoadVolumed(keys=["image", "label"])(item)
+        assert str(caught.value) == expected
+    with pytest.raises(GeometryError, match=r"^label vol\.nii\.gz: "):
+        LoadVolumed(keys="label")({"label": nifti(lambda header: header["pixdim"].fill(0))})
 
 
 def test_several_keys(nifti):

@@ -47,6 +47,27 @@ def test_reads_voxels_and_affine(nifti, expected_law, name):
     assert (quick.shape, quick.dtype, quick.affine.dtype) == ((8, 9, 10), np.int16, np.float64)
 
 
+@pytest.mark.parametrize(
+    ("pixdim", "units", "step"),
+    [
+        (2.5, 10, (2.5, "sec")),
+        (720, 18, (720, "msec")),
+        (1, 2, (1, "unknown")),
+        (0, 10, None),
+        (float("nan"), 10, None),
+    ],
+)
+def test_the_distance_of_the_volumes_of_a_series(nifti, pixdim, units, step):
+    def edit(header):
+        header["pixdim"][4], header["xyzt_units"] = pixdim, units
+
+    header = read_nifti_header(nifti(edit, array=np.arange(120, dtype=np.int16).reshape(2, 3, 4, 5)))
+    assert header.step == (step and step[0])
+    assert step is None or header.step_unit == step[1]
+    # A single volume has none, whatever stands there.
+    assert read_nifti_header(nifti(edit)).step is None
+
+
 @pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "i8", "u8", "f4", "f8", ">i2", ">f4"])
 def test_reads_every_scalar_type(nifti, dtype):
     array = (np.arange(60).reshape(3, 4, 5) % 100).astype(dtype)

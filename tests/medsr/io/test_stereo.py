@@ -121,7 +121,10 @@ def test_pairs_by_their_names(tmp_path):
         (["a_left.png", "a_right.png", "b_left.png"], "b: there is no right view$"),
         (["a_right.png", "b_left.png"], r"a: there is no left view \(and 1 more without a partner\)"),
         (["a_left.png", "a_right.png", "mask.png"], "mask.png is neither left nor right"),
-        (["a_left.png", "a-left.png", "a_right.png"], "a has two left views"),
+        (
+            ["a_left.png", "a-left.png", "a_right.png"],
+            r"a has two left views, a-left.png and a_left.png; keep",
+        ),
         ([], "no PNG, JPEG"),
     ],
 )
@@ -257,8 +260,20 @@ def test_two_cases_of_one_name_are_refused(tmp_path):
     for folder in ("one", "two"):
         save(tmp_path / folder / "left" / "a.png")
         save(tmp_path / folder / "right" / "a.png")
-    with pytest.raises(DataError, match="two inputs have the case name a"):
+    with pytest.raises(
+        DataError, match=r"one/left/a\.png and two/left/a\.png have the same case name a; rename"
+    ):
         find_stereo_cases([tmp_path / "one", tmp_path / "two"])
+    paths = [save(tmp_path / name) for name in ("b_left.png", "b_right.png", "B.png")]
+    with pytest.raises(DataError, match=r"b_left\.png and B\.png have the same case name B"):
+        find_stereo_cases(paths)
+
+
+def test_a_folder_lends_its_name_as_a_file_would(tmp_path):
+    folder = tmp_path / "Fall 'Nr. 3'; 左"
+    for name in ("left.png", "right.png"):
+        save(folder / name)
+    assert [item["case"] for item in find_stereo_cases(folder)] == ["Fall_Nr._3_左"]
 
 
 @pytest.mark.parametrize(("there", "missing"), [("left", "right"), ("right_frames", "left_frames")])

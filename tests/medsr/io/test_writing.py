@@ -36,6 +36,16 @@ def test_probe_creates_the_folder_and_leaves_nothing(tmp_path):
     assert listing(folder) == []
 
 
+def test_a_folder_that_is_only_tried_is_not_created(tmp_path):
+    assert probe_folder(tmp_path / "a" / "b", create=False) == tmp_path / "a" / "b"
+    assert listing(tmp_path) == []
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "file/below", "link", "link/below", "n" * 300):
+        refused("cannot write", probe_folder, tmp_path / name, create=False)
+    assert listing(tmp_path) == ["file", "link"]
+
+
 def test_probe_refuses_a_file_and_a_read_only_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     refused("file: cannot write", probe_folder, tmp_path / "file")
@@ -86,7 +96,7 @@ def test_atomic_path_cleans_up_after_any_exception(tmp_path, error):
 
 
 def test_atomic_path_turns_system_errors_into_one_line(tmp_path):
-    refused("no such folder", write_json, tmp_path / "none" / "a.json", {})
+    refused("no such folder", write_figure, tmp_path / "none" / "a.png", None)
     (tmp_path / "a.json").mkdir()
     refused("a.json: cannot be written", write_json, tmp_path / "a.json", {})
     refused("cannot be written", write_json, tmp_path / ("x" * 300 + ".json"), {})
@@ -261,6 +271,12 @@ def test_json(tmp_path):
     assert listing(tmp_path) == ["a.json"]
 
 
+def test_json_comes_with_its_folder(tmp_path):
+    assert json.loads(write_json(tmp_path / "a" / "b" / "c.json", [1]).read_text()) == [1]
+    (tmp_path / "file").write_text("x")
+    refused("below: cannot be created", write_json, tmp_path / "file" / "below" / "c.json", [1])
+
+
 def test_json_of_a_name_that_is_not_utf_8(tmp_path):
     content = {"input": os.fsdecode(b"M\xfcller.nii.gz"), "case": "é"}
     path = write_json(tmp_path / "a.json", content)
@@ -273,6 +289,8 @@ def test_figure(tmp_path):
 
     figure = Figure(figsize=(2, 1))
     figure.subplots().plot([1, 2, 3])
+    # In a script that the font of the figure does not have.
+    figure.suptitle("眼底")
     path = write_figure(tmp_path / "a.png", figure, dpi=50)
     with Image.open(path) as image:
         assert image.size == (100, 50)
