@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medsr.errors import SettingError, WeightsError
+from medsr.settings import as_number, as_whole
 
 __all__ = [
     "BundleInfo",
@@ -28,6 +29,7 @@ __all__ = [
     "list_bundles",
     "overrides_in",
     "read_settings",
+    "refuse_lone_overlay",
     "refuse_unclear",
     "refuse_unknown",
     "unknown_settings",
@@ -50,6 +52,32 @@ _MISREAD = {
 # What it makes of the words for true and false; "true" stays a word, which counts as true.
 _SWITCHED = {"True": True, "true": True, "False": False}
 _PATH_SETTINGS = ("_dir", "weights")
+
+# How both command lines say null, which MONAI would ignore as it is.
+_NOTHING = "$None"
+
+# Words that a setting may have in place of its number.
+_FOR_A_NUMBER = ("auto", "estimate")
+
+# What goes to PyTorch and MONAI as it is: the smallest whole number, and other numbers.
+_SMALLEST = {
+    "batch_size": 1,
+    "cached": 0,
+    "crop_size": 1,
+    "iterations": 1,
+    "scale": 1,
+    "seed": 0,
+    "warm_up": 0,
+    "workers": 0,
+}
+_ABOVE_ZERO = ("average_momentum", "learning_rate")
+_NUMBERS = ("_weight", "minutes")
+
+_NAMES = "names with values, such as {'name': 'value'}"
+
+# How the description of an overlay begins, and what it names before its first colon.
+_OVERLAY = "Overlay on "
+_CONFIG_NAME = re.compile(r"\w+\.json")
 
 _RUNNER_OPTIONS = frozenset({*_RUNNER_POSITIONS, "args_file", "workflow_name", "workflow_type"})
 
@@ -186,9 +214,12 @@ def refuse_unknown(given: Iterable[str], config_files: Sequence[str | Path]) -> 
 
 
 def refuse_unclear(given: Mapping[str, object], config_files: Sequence[str | Path]) -> None:
-    """Raise if a setting that is true or false in the config is to become something else.
+    """Raise if a setting is to become something of another kind than it is in the config.
 
-    Any word and any number but 0 counts as true: ``--set overwrite=no`` would overwrite. Expressions pass.
+    Any word and any number but 0 counts as true: ``--set overwrite=no`` would overwrite. A word for a number, or a
+    number for a path, fails somewhere in PyTorch, which knows no setting; so does a number out of range that goes
+    straight to PyTorch or MONAI. Expressions pass, and so do, as a rule, null, lists and numbers for a number or a
+    list: our components say themselves what they take.
 
     Args:
         given: values by id.
@@ -199,12 +230,36 @@ def refuse_unclear(given: Mapping[str, object], config_files: Sequence[str | Pat
     """
     merged = _merged(config_files)
     for name, value in given.items():
-        if (
-            isinstance(_item(merged, _path_of(name)), bool)
-            and not isinstance(value, bool)
-            and not _is_expression(value)
-        ):
-            raise SettingError(f"{name} must be true or false, got {value!r}")
+        default = _item(merged, _path_of(name))
+        is_nothing = value == _NOTHING
+        if _is_expression(value) and not is_nothing:
+            continue
+        wanted = _never_nothing(name, default) if is_nothing else _other_kind(name, default, value)
+        if wanted:
+            raise SettingError(f"{name} must be {wanted}, got {value!r}")
+        _refuse_out_of_range(name, default, None if is_nothing else value)
+
+
+def refuse_lone_overlay(config_files: Sequence[str | Path]) -> None:
+    """Raise if the first config is an overlay, which holds only what differs from the config that it lies on.
+
+    Behind its overlay a config would win, and undo it without a word.
+
+    Args:
+        config_files: JSON config files in the order in which MONAI merges them.
+
+    Raises:
+        SettingError: naming the configs that it may lie on, and how both are given.
+    """
+    for file in config_files[:1]:
+        about = str(_read_json(Path(file)).get("_desc_", ""))
+        bases = _CONFIG_NAME.findall(about.partition(":")[0]) if about.startswith(_OVERLAY) else []
+        if bases:
+            name = Path(file).name
+            raise SettingError(
+                f"{name} is an overlay on {' or '.join(bases)}: name that before it, --config {bases[0]} {name} with "
+                f"medsr run, --config_file \"['configs/{bases[0]}','configs/{name}']\" with MONAI"
+            )
 
 
 def overrides_in(argv: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
@@ -237,7 +292,7 @@ def check_overrides(argv: Sequence[str] | None = None) -> None:
     """Refuse a misspelt override on the command line of a bundle run; do nothing for any other process.
 
     So are values that do not mean there what they say: ``false``, ``null``, ``None``, paths that look like numbers or
-    hold a ``#``, and words for settings that are true or false.
+    hold a ``#``, and words for settings that are true or false, or numbers. So is an overlay by itself.
     Bundles call this as the first step of ``run``. YAML configs are not checked: the standard library cannot
     read them.
 
@@ -254,6 +309,7 @@ def check_overrides(argv: Sequence[str] | None = None) -> None:
     files, overrides = overrides_in(argv)
     if not files or any(file.suffix.lower() != ".json" for file in files):
         return
+    refuse_lone_overlay(files)
     refuse_unknown(overrides, files)
     typed = _options(_runner_words(argv) or [])
     for key, value in typed.items():
@@ -262,7 +318,7 @@ def check_overrides(argv: Sequence[str] | None = None) -> None:
             raise SettingError(f"--{key} {value} {what}; write {instead}")
         if key.endswith(_PATH_SETTINGS) and not _is_expression(value):
             _refuse_no_path(key, value)
-    refuse_unclear({key: _SWITCHED.get(value, value) for key, value in typed.items()}, files)
+    refuse_unclear({key: _as_typed(value) for key, value in typed.items()}, files)
 
 
 def weights_digest(root: str | Path, file: str = "models/model.pt") -> str:
@@ -434,6 +490,59 @@ def _nearest_to(name: str, config: Mapping[str, Any]) -> str | None:
                 return None
             return "::".join([*path[:depth], near[0]]) if near else ""
     return None
+
+
+def _other_kind(name: str, default: object, value: object) -> str:
+    """What a setting with this default must be instead, '' if the value may be right."""
+    word = isinstance(value, (str, bool))
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, (int, float)):
+        return "a number" if word and value not in _FOR_A_NUMBER else ""
+    if isinstance(default, list):
+        # One number may stand for a list of them.
+        may_be_number = bool(default) and isinstance(default[0], (int, float)) and not word
+        right = isinstance(value, (list, dict)) or (may_be_number and isinstance(value, (int, float)))
+        return "" if right else f"a list, such as {json.dumps(default)}"
+    if isinstance(default, dict):
+        return "" if isinstance(value, (dict, list)) else _NAMES
+    if name.endswith(_PATH_SETTINGS):
+        if name == "dataset_dir" and isinstance(value, list):
+            return "" if all(isinstance(path, str) for path in value) else "a list of paths"
+        return "" if isinstance(value, str) else "a path"
+    return ""
+
+
+def _never_nothing(name: str, default: object) -> str:
+    """What a setting must be instead of null, '' if null may be right."""
+    if name in ("dataset_dir", "output_dir"):
+        return "a path"
+    # Components may be left out.
+    return _NAMES if isinstance(default, dict) and "_target_" not in default else ""
+
+
+def _refuse_out_of_range(name: str, default: object, value: object) -> None:
+    may_be_nothing = default is None or name.endswith("minutes")
+    if (value is None and may_be_nothing) or isinstance(default, (bool, str, dict)):
+        return
+    if name in _SMALLEST:
+        for one in value if isinstance(default, list) and isinstance(value, list) else [value]:
+            as_whole(name, one, _SMALLEST[name])
+    elif name in _ABOVE_ZERO:
+        as_number(name, value, above=0)
+    elif name.endswith(_NUMBERS):
+        as_number(name, value)
+
+
+def _as_typed(text: str) -> object:
+    """The value that python-fire makes of a word."""
+    if text in _SWITCHED:
+        return _SWITCHED[text]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        # Words in brackets need no quotes there; what they become is left to it.
+        return [text] if text.startswith(("[", "(")) else text
 
 
 def _is_expression(value: object) -> bool:

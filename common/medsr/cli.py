@@ -189,6 +189,7 @@ def _info(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     root = _root(arguments.bundle)
     configs = [_config(root, name) for name in arguments.config]
+    catalog.refuse_lone_overlay(configs)
     overrides = _overrides(arguments, root, configs)
     catalog.refuse_unknown(overrides, configs)
     catalog.refuse_unclear(overrides, configs)
@@ -280,6 +281,9 @@ def _overrides(arguments: argparse.Namespace, root: Path, configs: Sequence[Path
     if not catalog.unknown_settings(["bundle_root"], configs):
         # Explicit, because the config would look for its root by name, and this may be another copy.
         overrides["bundle_root"] = _safe(root)
+    if not catalog.unknown_settings(["report::config_files::0"], configs):
+        # Overlays, too, have made the results.
+        overrides["report::config_files"] = [_safe(config) for config in configs]
     for setting in arguments.settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:

@@ -121,6 +121,11 @@ def export_onnx(network: nn.Module, path: str | Path, *, origin: Mapping[str, st
     unstated = [fact for fact in FACTS if not hasattr(network, fact)]
     if unstated:
         raise SettingError(f"{name} states no {unstated[0]}: only networks for single images are exported")
+    if network.in_channels not in (1, 3):
+        raise SettingError(
+            f"{name} takes pairs and is not exported: how it matches two views follows from their size, and a graph "
+            "would be for one size only; run its bundle instead"
+        )
     onnx = _package("onnx")
     _package("onnxruntime")
     plain = deepcopy(network).cpu().float().eval()

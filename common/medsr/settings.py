@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isfinite
 from numbers import Real
 
 from medsr.errors import SettingError
 
-__all__ = ["as_flag", "as_whole"]
+__all__ = ["as_flag", "as_number", "as_whole", "as_whole_list", "as_wholes"]
 
 _WORDS = {"true": True, "false": False}
 
@@ -55,12 +57,86 @@ def as_whole(name: str, value: object, at_least: int | None = None) -> int:
         Traceback (most recent call last):
         medsr.errors.SettingError: tile must be a whole number >= 8, got 1.5
     """
+    if not _is_whole(value, at_least):
+        raise SettingError(f"{name} must be a whole number{_bound(at_least)}, got {value!r}")
+    return int(value)  # type: ignore[call-overload]
+
+
+def as_wholes(at_least: int | None = None, /, **values: object) -> tuple[int, ...]:
+    """Return several settings by name that are whole numbers, as :func:`as_whole` does one.
+
+    Args:
+        at_least: smallest value that each may have.
+        values: what was given, by the settings' names.
+
+    Raises:
+        SettingError: naming the first that is no whole number or too small.
+
+    Example:
+        >>> as_wholes(1, features=8, blocks=2)
+        (8, 2)
+    """
+    return tuple(as_whole(name, value, at_least) for name, value in values.items())
+
+
+def as_whole_list(name: str, value: object, at_least: int | None = None) -> list[int]:
+    """Return a setting that is a list of whole numbers; refuse one number, a word, and what :func:`as_whole` refuses.
+
+    Args:
+        name: the setting's name, for the message.
+        value: what was given.
+        at_least: smallest value that each may have.
+
+    Raises:
+        SettingError: if it is no such list.
+
+    Example:
+        >>> as_whole_list("up_blocks", 3, at_least=1)
+        Traceback (most recent call last):
+        medsr.errors.SettingError: up_blocks must be a list of whole numbers >= 1, got 3
+    """
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not all(_is_whole(one, at_least) for one in value)
+    ):
+        raise SettingError(f"{name} must be a list of whole numbers{_bound(at_least)}, got {value!r}")
+    return [int(one) for one in value]
+
+
+def as_number(name: str, value: object, *, above: float | None = None) -> float:
+    """Return a setting that is a number; refuse words, true and false, infinity and what is not a number at all.
+
+    Args:
+        name: the setting's name, for the message; it ends in the unit where there is one.
+        value: what was given.
+        above: the value must be larger.
+
+    Raises:
+        SettingError: if it is no number or too small.
+
+    Example:
+        >>> as_number("slice_thickness_mm", 4)
+        4.0
+        >>> as_number("slice_thickness_mm", "abc", above=0)
+        Traceback (most recent call last):
+        medsr.errors.SettingError: slice_thickness_mm must be a number > 0, got 'abc'
+    """
     if (
         isinstance(value, bool)
         or not isinstance(value, Real)
-        or value != value // 1
-        or (at_least is not None and value < at_least)
+        or not isfinite(value)
+        or (above is not None and not value > above)
     ):
-        bound = "" if at_least is None else f" >= {at_least}"
-        raise SettingError(f"{name} must be a whole number{bound}, got {value!r}")
-    return int(value)
+        bound = "" if above is None else f" > {above:g}"
+        raise SettingError(f"{name} must be a number{bound}, got {value!r}")
+    return float(value)
+
+
+def _is_whole(value: object, at_least: int | None) -> bool:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and value == value // 1 and (at_least is None or value >= at_least)  # type: ignore[operator]
+
+
+def _bound(at_least: int | None) -> str:
+    return "" if at_least is None else f" >= {at_least}"

@@ -14,9 +14,7 @@ import pytest
 from medsr import cli
 from medsr.errors import GeometryError, WeightsError
 
-RECORD = (
-    "$pathlib.Path(@output_file).write_text(json.dumps([@dataset_dir, @output_dir, @level, @bundle_root]))"
-)
+RECORD = "$pathlib.Path(@output_file).write_text(json.dumps([@dataset_dir, @output_dir, @level, @bundle_root, @word]))"
 
 
 def make_bundle(folder: Path, name: str, run: Any) -> Path:
@@ -43,13 +41,16 @@ def make_bundle(folder: Path, name: str, run: Any) -> Path:
         "output_dir": "out",
         "output_file": str(folder / "record.json"),
         "level": 1,
+        "word": None,
         "quick": False,
         "scale": [1, 1, 4],
         "network_def": {"_target_": "UNet"},
         "run": run,
     }
     (root / "configs" / "inference.json").write_text(json.dumps(settings))
-    (root / "configs" / "overlay.json").write_text(json.dumps({"level": 7}))
+    (root / "configs" / "overlay.json").write_text(
+        json.dumps({"_desc_": "Overlay on inference.json: loud.", "level": 7})
+    )
     return root
 
 
@@ -112,7 +113,7 @@ def test_a_misspelt_bundle_gets_a_suggestion(folder: Path, capsys: pytest.Captur
 
 def test_run_passes_inputs_output_and_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", "--set", "level=3"]) == 0
-    source, output, level, root = json.loads((folder / "record.json").read_text())
+    source, output, level, root, _ = json.loads((folder / "record.json").read_text())
     assert (source, output, level) == (str(folder / "scan.nii.gz"), str(folder / "out"), 3)
     assert root == str(folder / "mri_superres")
     assert "results are in out" in capsys.readouterr().out
@@ -123,15 +124,29 @@ def test_run_takes_several_inputs_overlays_and_a_folder(
 ) -> None:
     command = ["run", f"{folder}/mri_superres", "scan.nii.gz", "other.nii.gz", "-o", "out", "--quiet"]
     assert cli.main([*command, "--config", "inference.json", "overlay.json"]) == 0
-    source, _, level, _ = json.loads((folder / "record.json").read_text())
+    source, _, level, *_ = json.loads((folder / "record.json").read_text())
     assert (source, level) == ([str(folder / "scan.nii.gz"), str(folder / "other.nii.gz")], 7)
     assert capsys.readouterr().out == ""
 
 
+def test_the_report_is_told_of_overlays(folder: Path) -> None:
+    overlay = folder / "mine.json"
+    record = "$pathlib.Path(@output_file).write_text(json.dumps(@report#config_files))"
+    overlay.write_text(json.dumps({"report": {"config_files": ["inference.json"]}, "run": [record]}))
+    assert (
+        cli.main(
+            ["run", "mri_superres", "scan.nii.gz", "-o", "out", "--config", "inference.json", "mine.json"]
+        )
+        == 0
+    )
+    inside = folder / "mri_superres" / "configs" / "inference.json"
+    assert json.loads((folder / "record.json").read_text()) == [str(inside), str(overlay)]
+
+
 def test_text_settings_need_no_quotes(folder: Path) -> None:
-    settings = ["--set", "level=high", "--set", 'output_dir="a=b"']
+    settings = ["--set", "word=high", "--set", 'output_dir="a=b"']
     assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", *settings]) == 0
-    assert json.loads((folder / "record.json").read_text())[1:3] == ["a=b", "high"]
+    assert json.loads((folder / "record.json").read_text())[1::3] == ["a=b", "high"]
 
 
 @pytest.mark.parametrize(
@@ -139,9 +154,9 @@ def test_text_settings_need_no_quotes(folder: Path) -> None:
 )
 def test_words_mean_what_they_say(folder: Path, text: str, meant: object) -> None:
     """MONAI would drop None, and take the word False for true."""
-    assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", "--set", f"level={text}"]) == 0
-    level = json.loads((folder / "record.json").read_text())[2]
-    assert (type(level), level) == (type(meant), meant)
+    assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", "--set", f"word={text}"]) == 0
+    word = json.loads((folder / "record.json").read_text())[4]
+    assert (type(word), word) == (type(meant), meant)
 
 
 def test_an_input_is_called_as_the_user_calls_it(folder: Path) -> None:
@@ -183,6 +198,9 @@ def test_nothing_global_is_left_behind(folder: Path) -> None:
         (["missing.nii.gz"], 2, "missing.nii.gz: there is no such file"),
         (["case#1"], 2, "'#'"),
         (["n" * 300], 2, "cannot be read (File name too long)"),
+        (["scan.nii.gz", "--config", "overlay.json"], 4, "--config inference.json overlay.json"),
+        (["scan.nii.gz", "--set", "level=four"], 4, "level must be a number, got 'four'"),
+        (["scan.nii.gz", "--set", "dataset_dir=5"], 4, "dataset_dir must be a path, got 5"),
         (["scan.nii.gz", "--set", "quick=no"], 4, "quick must be true or false, got 'no'"),
         (["scan.nii.gz", "--set", "quick=0"], 4, "quick must be true or false, got 0"),
     ],

@@ -18,6 +18,7 @@ from medsr.inferers.image_superres import ImageSuperResInferer
 from medsr.networks.fmen import FMEN
 from medsr.networks.layout import channels_last
 from medsr.networks.se_gan import SEGenerator
+from medsr.networks.segsrnet import SEGSRNet
 from medsr.networks.srcnn import SRCNN
 from medsr.networks.srgan import SRResNet
 from medsr.networks.vdsr import VDSR
@@ -113,6 +114,15 @@ def test_networks_that_do_not_export_are_refused_and_leave_nothing(kind: type, t
     with pytest.raises(SettingError, match=f"^{kind.__name__} cannot be exported"):
         export_onnx(kind(), tmp_path / "net.onnx")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
+
+
+def test_a_network_for_pairs_is_refused_with_the_reason(tmp_path: Path) -> None:
+    network = SEGSRNet(2, features=8, growth=4, blocks=2)
+    with pytest.raises(
+        SettingError, match=r"^SEGSRNet takes pairs and is not exported: .*; run its bundle instead$"
+    ):
+        export_onnx(network, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 from medsr.errors import SettingError
-from medsr.settings import as_flag, as_whole
+from medsr.settings import as_flag, as_number, as_whole, as_whole_list, as_wholes
 
 
 @pytest.mark.parametrize("value", [True, False])
@@ -35,3 +37,40 @@ def test_the_message_names_the_smallest_value() -> None:
     assert as_whole("tile", 8, 8) == 8
     with pytest.raises(SettingError, match="tile must be a whole number >= 8, got 7"):
         as_whole("tile", 7, 8)
+
+
+def test_several_whole_numbers_come_in_order_and_the_wrong_one_is_named() -> None:
+    assert as_wholes(1, features=8.0, blocks=2) == (8, 2)
+    assert as_wholes(rows=-3) == (-3,)
+    with pytest.raises(SettingError, match="blocks must be a whole number >= 1, got 0"):
+        as_wholes(1, features=8, blocks=0)
+
+
+@pytest.mark.parametrize("value", [[2, 1], (2.0, 1)])
+def test_a_list_of_whole_numbers(value: Any) -> None:
+    assert as_whole_list("up_blocks", value, 1) == [2, 1]
+
+
+@pytest.mark.parametrize("value", [3, "21", None, {1: 2}, [1, 0], [1, "2"], [1.5], [True]])
+def test_what_is_no_list_of_whole_numbers_is_refused(value: object) -> None:
+    with pytest.raises(SettingError, match="up_blocks must be a list of whole numbers >= 1, got"):
+        as_whole_list("up_blocks", value, 1)
+
+
+@pytest.mark.parametrize(("value", "number"), [(4, 4.0), (0.5, 0.5), (-3, -3.0), (np.float32(2), 2.0)])
+def test_numbers(value: float, number: float) -> None:
+    found = as_number("ratio", value)
+    assert (found, type(found)) == (number, float)
+
+
+@pytest.mark.parametrize("value", ["abc", "4", None, True, [4], math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(SettingError, match="ratio must be a number, got"):
+        as_number("ratio", value)
+
+
+def test_a_number_must_lie_above_the_bound() -> None:
+    assert as_number("slice_thickness_mm", 1e-3, above=0) == 1e-3
+    for value in (0, -1.0, "abc", math.nan):
+        with pytest.raises(SettingError, match=r"slice_thickness_mm must be a number > 0, got"):
+            as_number("slice_thickness_mm", value, above=0)

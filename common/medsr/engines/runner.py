@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from math import prod
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -17,13 +19,15 @@ import torch
 from torch import nn
 
 from medsr import catalog
-from medsr.errors import DataError, MedsrError, OutputError, WeightsError
-from medsr.geometry import slice_axis
+from medsr.errors import DataError, MedsrError, OutputError, SettingError, WeightsError
+from medsr.geometry import refinement_ratio, rescaled_size, slice_axis
 from medsr.handlers.case_output import CaseOutput
 from medsr.io.cases import find_cases, inspect_case
 from medsr.io.images import find_images, read_image_header
+from medsr.io.nifti import VolumeHeader
 from medsr.io.stereo import find_stereo_cases
 from medsr.io.writing import probe_folder
+from medsr.settings import as_number
 from medsr.transforms.stereo import refuse_unequal_views
 
 __all__ = [
@@ -36,6 +40,9 @@ __all__ = [
     "preflight_images",
     "preflight_pairs",
 ]
+
+_COMPRESSION = 10
+"""How much smaller than its voxels a result may be on the disk: of a skull-stripped scan most is one value."""
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -59,14 +66,31 @@ def one_line_errors(function: _Function) -> _Function:
 
 
 @one_line_errors
-def check_settings() -> None:
-    """Refuse a misspelt setting on the command line, which MONAI would accept in silence.
+def check_settings(device: str | torch.device | None = None) -> None:
+    """Refuse a misspelt setting, which MONAI would accept in silence, and a device that is not here.
 
     The first step of every ``run``: from here on a program that was started from the command line reports any
     error of this project in one line, and a SIGTERM, as a job scheduler sends it, cleans up like Ctrl-C.
+
+    Args:
+        device: where the run is to compute; tried before anything is read.
     """
     _behave_as_program()
     catalog.check_overrides()
+    if device is not None:
+        _refuse_absent(device)
+
+
+def _refuse_absent(device: str | torch.device) -> None:
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise SettingError(f"device must be cpu, cuda or cuda:<number>, got {device!r}") from None
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # each kind of device raises its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SettingError(f"device {device} cannot be used here ({reason}); set device to cpu") from None
 
 
 def _behave_as_program() -> None:
@@ -109,8 +133,12 @@ def preflight(
     weights: str | Path | None = None,
     network: nn.Module | None = None,
     force: bool = False,
+    series_uid: str | None = None,
+    follow_links: bool | None = None,
+    spacing_mm: float | None = None,
+    thin_volumes: int = 0,
     output: CaseOutput | None = None,
-    find: Callable[..., list[dict[str, str]]] = find_cases,
+    find: Callable[..., list[dict[str, str]]] | None = None,
     inspect: Callable[[Mapping[str, str]], Any] | None = None,
 ) -> int:
     """Check output folder, weights and the headers of all inputs before the first voxel is read.
@@ -120,12 +148,16 @@ def preflight(
 
     Args:
         dataset_dir: input file or folder, or a list.
-        output_dir: folder of the results; created if missing.
+        output_dir: folder of the results; created with the first of them.
         weights: plain state dict that must fit the network.
         network: see ``weights``.
         force: accept near-isotropic inputs.
+        series_uid: which series of a DICOM folder that holds several, see :class:`~medsr.io.loading.LoadVolumed`.
+        follow_links: read volumes behind links that leave their folder, see :func:`~medsr.io.cases.list_folder`.
+        spacing_mm: slice spacing of the results; default the in-plane spacing.
+        thin_volumes: float32 volumes on thin slices that a case leaves behind; the disk must have room for them.
         output: the writer of the results; results of an earlier run are then refused unless it may replace them.
-        find: lists the cases behind ``dataset_dir``.
+        find: lists the cases behind ``dataset_dir``; default volumes in slices.
         inspect: reads the headers of a case and raises what is wrong with them; default that of volumes in slices.
 
     Returns:
@@ -136,17 +168,23 @@ def preflight(
     if not str(output_dir):
         # It would be the current folder.
         raise OutputError("no output: set --output_dir to the folder for the results")
-    cases = find(dataset_dir)
+    cases = find(dataset_dir) if find else find_cases(dataset_dir, follow_links=follow_links)
     _refuse_same_folder([dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir, output_dir)
-    probe_folder(output_dir)
+    probe_folder(output_dir, create=False)
     if output is not None:
         output.refuse_existing([case["case"] for case in cases])
-    if weights is not None and network is not None:
+    if network is not None:
         check_weights(weights, network)
-    reasons = []
+    if spacing_mm is not None:
+        spacing_mm = as_number("target_spacing_mm", spacing_mm, above=0)
+    reasons, needed = [], 0
     for case in cases:
         try:
-            inspect(case) if inspect else _inspect_slices(case["image"], force=force)
+            if inspect:
+                inspect(case)
+                continue
+            header = inspect_case(case["image"], series_uid=series_uid, follow_links=follow_links)
+            needed += thin_volumes * _thin_bytes(header, force=force, spacing_mm=spacing_mm)
         except MedsrError as error:
             reasons.append(error)
     if len(reasons) == len(cases):
@@ -155,6 +193,7 @@ def preflight(
                 _log.error("%s", error)
             raise DataError(f"none of the {len(cases)} cases can be used; the first reason: {reasons[0]}")
         raise reasons[0]
+    _refuse_full_disk(output_dir, needed)
     return len(cases) - len(reasons)
 
 
@@ -190,18 +229,40 @@ def _inspect_pair(case: Mapping[str, str]) -> None:
     refuse_unequal_views(left.path.name, (left.channels, *left.size), (right.channels, *right.size))
 
 
-def _inspect_slices(path: str, *, force: bool) -> None:
-    slice_axis(inspect_case(path).affine, force=force, name=Path(path).name)
+def _thin_bytes(header: VolumeHeader, *, force: bool, spacing_mm: float | None) -> int:
+    """Size of a float32 volume on thin slices, uncompressed."""
+    axis = slice_axis(header.affine, force=force, name=header.path.name)
+    size = list(header.shape)
+    size[axis] = rescaled_size(size[axis], refinement_ratio(header.affine, spacing_mm, axis=axis))
+    return 4 * prod(size)
+
+
+def _refuse_full_disk(folder: str | Path, needed: int) -> None:
+    """Refuse a run whose results cannot fit, before hours of computing; warn where that depends on the compression."""
+    folder = Path(folder).expanduser().absolute()
+    free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.is_dir())).free
+    if needed <= free:
+        return
+    line = f"{folder.name}: the results need up to {_amount(needed)}, the disk has {_amount(free)}"
+    if needed > _COMPRESSION * free:
+        raise OutputError(f"{line}; free some, or choose another output folder")
+    _log.warning("%s: they fit only if they compress well", line)
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 @one_line_errors
-def check_weights(path: str | Path, network: nn.Module) -> None:
+def check_weights(path: str | Path | None, network: nn.Module) -> None:
     """Say in one line why a weight file cannot be used: missing, damaged, or made for another network.
 
     A digest in ``SHA256SUMS`` beside the file is compared: one flipped bit loads without a complaint.
     """
-    if not str(path):
+    if path is None or not str(path):
         raise WeightsError("no weights: set --weights to a file that was trained for this network")
+    if not isinstance(path, (str, Path)):
+        raise SettingError(f"weights must be a path, got {path!r}")
     file = Path(path)
     if not file.is_file():
         raise WeightsError(f"{file.name}: no such weight file; set --weights or reinstall the bundle")

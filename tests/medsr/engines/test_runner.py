@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,32 @@ def test_a_misspelt_setting_ends_the_run(capsys, tmp_path, monkeypatch):
 
 def test_a_process_without_a_config_has_nothing_to_check():
     check_settings()
+    check_settings("cpu")
+    check_settings(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "line"),
+    [
+        ("gpu", "device must be cpu, cuda or cuda:<number>, got 'gpu'"),
+        (["cpu"], "device must be cpu, cuda or cuda:<number>, got ['cpu']"),
+        ("cuda:99", "device cuda:99 cannot be used here ("),
+        ("meta", "device meta cannot be used here ("),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(capsys, device, line):
+    code, text = failure(capsys, check_settings, device)
+    assert code == SettingError.exit_code
+    assert line in text
+
+
+def test_no_weights_at_all_are_refused(capsys, data, tmp_path):
+    for weights in (None, ""):
+        code, line = failure(
+            capsys, preflight, str(data), tmp_path / "out", weights=weights, network=network()
+        )
+        assert code == WeightsError.exit_code
+        assert "no weights: set --weights" in line
 
 
 # --- preflight ----------------------------------------------------------------------------------------------------
@@ -108,7 +135,7 @@ def test_a_process_without_a_config_has_nothing_to_check():
 
 def test_good_inputs_are_counted(data, tmp_path, weights):
     assert preflight(str(data), tmp_path / "new" / "out", weights=weights, network=network()) == 2
-    assert list((tmp_path / "new" / "out").iterdir()) == []
+    assert not (tmp_path / "new").exists()
     assert preflight([str(data / "a.nii.gz")], tmp_path / "out") == 1
 
 
@@ -118,6 +145,46 @@ def test_no_input_says_what_to_set(nothing, tmp_path, capsys):
     assert code == DataError.exit_code
     assert "--dataset_dir" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_links_are_followed_on_request(data, tmp_path, capsys):
+    folder = tmp_path / "links"
+    folder.mkdir()
+    (folder / "a.nii.gz").symlink_to(data / "a.nii.gz")
+    assert failure(capsys, preflight, str(folder), tmp_path / "out")[0] == DataError.exit_code
+    assert preflight(str(folder), tmp_path / "out", follow_links=True) == 1
+
+
+def test_the_disk_must_have_room_for_the_results(data, tmp_path, monkeypatch, capsys, caplog):
+    # Two cases of 8 x 8 x 20 thin voxels, two volumes each.
+    needed = 2 * 2 * 4 * 8 * 8 * 20
+    room, asked = 0, []
+
+    def usage(folder):
+        asked.append(folder)
+        return SimpleNamespace(free=room)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    out = tmp_path / "not" / "yet"
+    for room in (needed, needed - 1, needed // 10):
+        assert preflight(str(data), out, thin_volumes=2) == 2
+        assert (": the results need up to 0.0 MiB" in caplog.text) == (room < needed)
+    room = needed // 10 - 1
+    code, line = failure(capsys, preflight, str(data), out, thin_volumes=2)
+    assert code == OutputError.exit_code
+    assert "yet: the results need up to 0.0 MiB, the disk has 0.0 MiB; free some, or choose another" in line
+    assert set(asked) == {tmp_path}
+    # Half of the spacing is twice the voxels.
+    room = needed // 5 - 1
+    failure(capsys, preflight, str(data), out, thin_volumes=2, spacing_mm=0.5)
+    assert preflight(str(data), out) == 2
+
+
+@pytest.mark.parametrize(("spacing", "words"), [("abc", "must be a number > 0"), (1e9, "1e+09 is coarser")])
+def test_the_spacing_of_the_results_is_checked_with_the_headers(data, tmp_path, capsys, spacing, words):
+    code, line = failure(capsys, preflight, str(data / "a.nii.gz"), tmp_path / "out", spacing_mm=spacing)
+    assert code == SettingError.exit_code
+    assert f"target_spacing_mm {words}" in line
 
 
 def test_no_output_is_not_the_current_folder(data, tmp_path, monkeypatch, capsys):
