@@ -6,26 +6,31 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from ignite.handlers import EMAHandler
+from ignite.engine import Events
+from ignite.handlers import EMAHandler, TimeLimit
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedTrainer
 from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from medsr.engines.prepare_batch import PrepareThickSlices
-from medsr.errors import SettingError
 from medsr.handlers.training import BudgetSchedule, GradientGuard
 from medsr.losses.uncertainty import UncertaintyAwareLoss
 from medsr.metrics.volume import head_mask
+from medsr.settings import as_number, as_whole
 from medsr.transforms.orientation import RandSharpAxisLastd
 
 __all__ = ["PrepareThickPlanes", "SelfTraining"]
 
 _log = logging.getLogger(__name__)
+
+_MOST = 100_000
+"""Iterations that no budget of minutes reaches."""
 
 
 class PrepareThickPlanes(PrepareThickSlices):
@@ -60,9 +65,13 @@ class SelfTraining:
     itself. A network that starts from shipped weights adapts to the scan's contrast and texture; one that starts
     from nothing, on planes, is the SMORE-like baseline.
 
+    The learning rate follows the clock where the budget is one of minutes alone: a slow machine anneals as completely
+    as a fast one, and no two runs are equal. Where iterations are given it follows these, so that a run can be
+    repeated exactly; the minutes are then a mere cap, and ``warnings`` tells if they cut the training short.
+
     Args:
-        minutes: budget of wall time.
-        iterations: budget of iterations.
+        minutes: budget of wall time; None for no limit.
+        iterations: budget of iterations; None for as many as the minutes allow.
         learning_rate: highest rate of the one-cycle schedule.
         batch_size: blocks per iteration.
         block_size: ``(H, W)`` of a block.
@@ -78,7 +87,7 @@ class SelfTraining:
     def __init__(
         self,
         minutes: float | None = 4.5,
-        iterations: int = 100_000,
+        iterations: int | None = None,
         learning_rate: float = 2e-3,
         *,
         batch_size: int = 4,
@@ -87,12 +96,15 @@ class SelfTraining:
         average_momentum: float = 0.01,
         seed: int = 0,
     ) -> None:
-        if minutes is not None and minutes <= 0:
-            raise SettingError(f"the budget must be > 0 minutes, got {minutes:g}")
-        self.minutes, self.iterations, self.learning_rate = minutes, int(iterations), float(learning_rate)
+        if minutes is not None:
+            as_number("minutes", minutes, above=0)
+        if iterations is not None:
+            iterations = as_whole("iterations", iterations, at_least=1)
+        self.minutes, self.iterations, self.learning_rate = minutes, iterations, float(learning_rate)
         self.batch_size, self.block_size = int(batch_size), tuple(block_size)
         self.noise, self.average_momentum, self.seed = float(noise), float(average_momentum), int(seed)
         self.done: dict[str, float] = {}
+        self.warnings: list[str] = []
 
     def __call__(
         self,
@@ -105,7 +117,7 @@ class SelfTraining:
         planes: bool = False,
         device: torch.device | str = "cpu",
     ) -> nn.Module:
-        """Train a copy of the network.
+        """Train a copy of the network; the caller's random state stays as it was.
 
         Args:
             network: start of the training; not changed.
@@ -117,8 +129,31 @@ class SelfTraining:
             planes: the network takes planes; each of the ``W`` planes of a block is an example.
             device: where to train.
         """
+        device = torch.device(device)
+        with _seeded(self.seed, device):
+            return self._trained(
+                network,
+                image,
+                ratio=ratio,
+                thickness=thickness,
+                profile=profile,
+                planes=planes,
+                device=device,
+            )
+
+    def _trained(
+        self,
+        network: nn.Module,
+        image: MetaTensor,
+        *,
+        ratio: float,
+        thickness: float,
+        profile: str | tuple[float, ...],
+        planes: bool,
+        device: torch.device,
+    ) -> nn.Module:
         start = time.monotonic()
-        torch.manual_seed(self.seed)
+        iterations = _MOST if self.iterations is None else self.iterations
         network = copy.deepcopy(network).to(device).train()
         length = math.ceil(max(64, 8 * ratio))
         sharp = [axis for axis in image.meta.get("sharp_axes", (0, 1)) if axis < 2 or not planes]
@@ -127,7 +162,7 @@ class SelfTraining:
         cut = RandSharpAxisLastd("image", (*self.block_size, length), shuffle=not planes)
         # The loader seeds the transforms that it knows, and this one hides behind another.
         cut.set_random_state(self.seed)
-        data = Dataset([item] * (self.batch_size * self.iterations), _Cut(cut))
+        data = Dataset([item] * (self.batch_size * iterations), _Cut(cut))
         optimizer = torch.optim.Adam(network.parameters(), self.learning_rate, betas=(0.9, 0.99))
         prepare = (PrepareThickPlanes if planes else PrepareThickSlices)(
             (ratio, ratio),
@@ -139,7 +174,7 @@ class SelfTraining:
         )
         average = EMAHandler(network, momentum=self.average_momentum)
         trainer = SupervisedTrainer(
-            device=torch.device(device),
+            device=device,
             max_epochs=1,
             train_data_loader=DataLoader(data, batch_size=self.batch_size),
             network=network,
@@ -149,17 +184,44 @@ class SelfTraining:
             prepare_batch=prepare,
             train_handlers=[
                 GradientGuard(network),
-                BudgetSchedule(optimizer, self.learning_rate, self.iterations, minutes=self.minutes),
+                BudgetSchedule(
+                    optimizer,
+                    self.learning_rate,
+                    iterations,
+                    minutes=self.minutes if self.iterations is None else None,
+                ),
                 average,
             ],
         )
+        if self.minutes is not None and self.iterations is not None:
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, TimeLimit(math.ceil(60 * self.minutes)))
         trainer.logger.setLevel(logging.WARNING)
         trainer.run()
+        done = trainer.state.iteration
         self.done = {
-            "iterations": trainer.state.iteration,
+            "iterations": done,
             "minutes": round((time.monotonic() - start) / 60, 2),
         }
+        self.warnings = []
+        if self.iterations is not None and done < iterations:
+            self.warnings = [
+                f"training stopped after {self.minutes:g} minutes: {done} of {iterations} iterations"
+            ]
+            _log.warning("%s", self.warnings[0])
         return average.ema_model.eval()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the draws on the CPU and on one device, and give the caller's random state back at the end."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus, device_type="cuda"):
+        # torch.manual_seed would reach every GPU.
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 class _Cut:

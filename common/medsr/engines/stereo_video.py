@@ -148,9 +148,9 @@ class StereoVideo:
             OutputError: if results are there already, or cannot be written.
         """
         clip = self._clip()
-        probe_folder(self.output_dir)
         result = ("mkv" if clip.is_file else "png") if self.result == "auto" else self.result
         self._refuse(clip, result)
+        probe_folder(self.output_dir)
         entry: dict[str, Any] = {
             "status": "unfinished",
             "reason": f"{clip.name}: interrupted",

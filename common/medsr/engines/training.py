@@ -1,4 +1,4 @@
-"""Small steps of a training run that a config names: seeds, the list of training volumes."""
+"""Small steps of a training run that a config names: seeds, the lists of training data, initial weights, processes."""
 
 from __future__ import annotations
 
@@ -50,18 +50,28 @@ def seed_everything(seed: int) -> int:
 
 
 def training_items(
-    folder: str | Path, patterns: Sequence[str] = ("**/*.nii", "**/*.nii.gz")
-) -> list[dict[str, str]]:
-    """List the volumes of a training folder as ``{"image": path}``: files by pattern, DICOM series by folder.
+    folder: str | Path, patterns: Sequence[str] | Mapping[str, float] = ("**/*.nii", "**/*.nii.gz")
+) -> list[dict[str, str | float]]:
+    """List the volumes of a training folder by path and weight: files by pattern, DICOM series by folder.
 
     Unlike cases of an inference, several volumes may share a file name.
 
     Args:
         folder: folder with the volumes, or one file.
-        patterns: file patterns below it, or names of sub-folders that are DICOM series.
+        patterns: file patterns below it, or names of sub-folders that are DICOM series; or a mapping of these to the
+            weights of their volumes, where the last pattern that matches a volume counts. Default weight: 1.
+
+    Returns:
+        items ``{"image": path, "weight": how often it is drawn, relative to the others}``.
 
     Raises:
-        DataError: if a pattern matches nothing: a misspelt name must not shrink the training set in silence.
+        DataError: if the folder is not there, nothing matches, or a name without a wildcard does not: a misspelt name
+            must not shrink the training set in silence.
+
+    Example:
+        >>> training_items("no-such-folder")
+        Traceback (most recent call last):
+        medsr.errors.DataError: no-such-folder: no such training folder; set --dataset_dir
     """
     root = Path(folder).expanduser()
     if root.is_file() or is_dicom_series(root):

@@ -10,8 +10,8 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medsr.errors import DataError, MedsrError, SettingError
-from medsr.inferers.precision import PRECISIONS, choose_precision
+from medsr.errors import DataError, MedsrError
+from medsr.inferers.precision import checked_precision, choose_precision
 from medsr.settings import as_flag, as_whole
 from medsr.transforms.bicubic import bicubic_resize
 from medsr.transforms.frame_labels import reduced_size
@@ -82,9 +82,8 @@ class FrameSegmentationInferer(Inferer):
 
     def __init__(self, *, mirror: bool = False, amp: str = "auto", longest: int | None = None) -> None:
         super().__init__()
-        if amp not in PRECISIONS:
-            raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{amp}'")
-        self.mirror, self.amp = as_flag("mirror", mirror), amp
+        self.amp = checked_precision(amp)
+        self.mirror = as_flag("mirror", mirror)
         self.longest = None if longest is None else as_whole("longest", longest, 1)
         self.facts: dict[str, Any] = {}
 

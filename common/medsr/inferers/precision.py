@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medsr.errors import SettingError
 
-__all__ = ["PRECISIONS", "choose_precision", "native_bfloat16"]
+__all__ = ["PRECISIONS", "checked_precision", "choose_precision", "native_bfloat16"]
 
 _log = logging.getLogger(__name__)
 
@@ -26,11 +26,32 @@ def native_bfloat16(device: torch.device | str) -> bool:
     """
     kind = torch.device(device).type
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported()
+        # Emulation counts by default, and the question is about the current device.
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("arm_bf16"))
+
+
+def checked_precision(wanted: str) -> str:
+    """The setting ``amp``, refused before any computing if there is no such precision.
+
+    Args:
+        wanted: as it was given.
+
+    Raises:
+        SettingError: for an unknown word.
+
+    Example:
+        >>> checked_precision("half")
+        Traceback (most recent call last):
+        medsr.errors.SettingError: amp must be one of auto, float32, bfloat16, got 'half'
+    """
+    if wanted not in PRECISIONS:
+        raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{wanted}'")
+    return wanted
 
 
 def choose_precision(
@@ -49,8 +70,7 @@ def choose_precision(
     Raises:
         SettingError: for an unknown word.
     """
-    if wanted not in PRECISIONS:
-        raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{wanted}'")
+    checked_precision(wanted)
     if wanted == "float32" or (wanted == "auto" and not native_bfloat16(window.device)):
         return torch.float32
     exact = run(window).float()

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from medsr.errors import SettingError
 from medsr.geometry import rescaled_size, slice_positions
-from medsr.inferers.precision import choose_precision
+from medsr.inferers.precision import checked_precision, choose_precision
+from medsr.settings import as_flag, as_whole
 
 __all__ = ["SliceGroupInferer"]
 
@@ -65,7 +66,7 @@ class SliceGroupInferer(Inferer):
         ``(B, C, H, W, D)`` to ``(B, C', H, W, round(D * scale))``, float32, on the device of the input.
 
     Raises:
-        SettingError: for sizes that are not positive.
+        SettingError: if a setting is out of range.
 
     Example:
         >>> from medsr.networks.slice_sr import SliceSRNet
@@ -87,12 +88,14 @@ class SliceGroupInferer(Inferer):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        if group < 1 or context < 0 or halo < 0 or (tile is not None and tile < 8):
-            raise SettingError(
-                f"group >= 1, context >= 0, halo >= 0 and tile >= 8 are needed, got {group}, {context}, {halo}, {tile}"
-            )
-        self.group, self.context, self.tile, self.halo, self.batch = group, context, tile, halo, max(1, batch)
-        self.amp, self.both_directions, self.progress = amp, both_directions, progress
+        self.amp = checked_precision(amp)
+        self.group, self.context, self.halo = (
+            as_whole(name, value, least)
+            for name, value, least in (("group", group, 1), ("context", context, 0), ("halo", halo, 0))
+        )
+        self.tile = None if tile is None else as_whole("tile", tile, 8)
+        self.batch, self.progress = max(1, batch), progress
+        self.both_directions = as_flag("both_directions", both_directions)
         self.used_dtype = torch.float32
 
     def __call__(
@@ -125,9 +128,10 @@ class SliceGroupInferer(Inferer):
         refines = hasattr(network, "refine")
         result: Tensor | None = None
         if refines:
-            result = network.first_estimate(stack, positions=positions, **settings)
+            with self._bar("first estimate", "plane", total=sum(stack.shape[2:4])) as bar:
+                result = network.first_estimate(stack, positions=positions, advance=bar.update, **settings)
         dtype: torch.dtype | None = None
-        for window in self._progress(self._windows(stack, network, positions)):
+        for window in self._bar("super-resolution", "window", self._windows(stack, network, positions)):
             thin = window.thin
             parts = torch.cat(
                 [stack[..., row.read, column.read, window.thick] for row, column in window.tiles]
@@ -199,12 +203,12 @@ class SliceGroupInferer(Inferer):
             tiles.append(_Tile(slice(low, low + length), slice(start - low, stop - low), slice(start, stop)))
         return tiles
 
-    def _progress(self, windows: list[Any]) -> Any:
-        if not self.progress:
-            return windows
-        from tqdm.auto import tqdm
-
-        return tqdm(windows, desc="super-resolution", unit="window", leave=False)
+    def _bar(
+        self, what: str, unit: str, windows: list[_Window] | None = None, *, total: int | None = None
+    ) -> tqdm[_Window]:
+        # Disabled or not said: TQDM_DISABLE counts only where nothing is said.
+        quiet = {} if self.progress else {"disable": True}
+        return tqdm(windows, desc=what, unit=unit, total=total, leave=False, **quiet)
 
 
 def _refined(network: Any, estimate: Tensor, parts: Tensor, **given: Any) -> Tensor:

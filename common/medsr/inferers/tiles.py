@@ -13,7 +13,7 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from medsr.errors import DataError, MedsrError, SettingError
-from medsr.inferers.precision import PRECISIONS, choose_precision
+from medsr.inferers.precision import checked_precision, choose_precision
 from medsr.settings import as_whole
 
 __all__ = ["TileInferer"]
@@ -153,9 +153,8 @@ class TileInferer(Inferer):
                 f"tolerance > 0 and max_passes >= 2 are needed, got {tolerance}, {max_passes}: one pass cannot tell "
                 "whether the means stay"
             )
-        if amp not in PRECISIONS:
-            raise SettingError(f"amp must be one of {', '.join(PRECISIONS)}, got '{amp}'")
-        self.amp, self.progress = amp, progress
+        self.amp = checked_precision(amp)
+        self.progress = progress
         self.tolerance, self.max_passes = float(tolerance), int(max_passes)
         self.facts: dict[str, Any] = {}
 

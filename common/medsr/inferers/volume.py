@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from medsr.errors import SettingError
-from medsr.geometry import rescaled_size, slice_positions, spacing_of, through_plane_ratio
+from medsr.geometry import refinement_ratio, rescaled_size, slice_positions, spacing_of
 from medsr.inferers.head_box import head_box
 from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.metrics.volume import psnr
 from medsr.resampling import interpolation_matrix
+from medsr.settings import as_number
 from medsr.transforms.slice_profile import acquisition_matrix, as_profile, fwhm_in_voxels
 
 __all__ = ["MIN_SLICES", "VolumeInferer", "make_consistent", "projection_matrix"]
@@ -78,12 +79,12 @@ class VolumeInferer(SliceGroupInferer):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        for name, value in (("target_spacing_mm", spacing_mm), ("slice_thickness_mm", slice_thickness_mm)):
-            if value is not None and not (np.isfinite(value) and value > 0):
-                raise SettingError(f"{name} must be > 0 mm, got {value}")
-        if not 0 <= consistency <= 1:
+        self.spacing_mm, self.slice_thickness_mm = (
+            None if value is None else as_number(name, value, above=0)
+            for name, value in (("target_spacing_mm", spacing_mm), ("slice_thickness_mm", slice_thickness_mm))
+        )
+        if not 0 <= as_number("consistency", consistency) <= 1:
             raise SettingError(f"consistency must lie in [0, 1], got {consistency}")
-        self.spacing_mm, self.slice_thickness_mm = spacing_mm, slice_thickness_mm
         self.label_channels = int(label_channels)
         self.slice_profile, self.consistency = as_profile(slice_profile), float(consistency)
         self.profile_name = Path(slice_profile).name if isinstance(slice_profile, str) else "taps"
@@ -146,12 +147,7 @@ class VolumeInferer(SliceGroupInferer):
         meta = getattr(inputs, "meta", {})
         affine = np.asarray(getattr(inputs, "affine", np.eye(4)), dtype=np.float64).reshape(-1, 4, 4)[0]
         spacing = float(spacing_of(affine)[2])
-        ratio = through_plane_ratio(affine, self.spacing_mm, axis=2)
-        if ratio < 1:
-            raise SettingError(
-                f"target_spacing_mm {spacing / ratio:.3g} is coarser than the slices of {spacing:.3g} mm; "
-                "choose a smaller one"
-            )
+        ratio = refinement_ratio(affine, self.spacing_mm, axis=2)
         found = meta.get("slice_thickness_mm")
         found = None if found is None else float(np.asarray(found).ravel()[0])
         thickness = self.slice_thickness_mm or found or spacing

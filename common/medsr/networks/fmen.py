@@ -24,6 +24,7 @@ from medsr.errors import SettingError, WeightsError
 from medsr.networks.blocks import convolve_exactly, without_autocast
 from medsr.networks.checkpoints import load_checkpoint, rename_tensors
 from medsr.networks.interpolation import linear_subpixel_kernels
+from medsr.settings import as_whole, as_whole_list, as_wholes
 
 __all__ = ["FMEN", "convert_fmen"]
 
@@ -123,16 +124,17 @@ class FMEN(nn.Module):
         half_precision_safe: bool = False,
     ) -> None:
         super().__init__()
-        if min(scale, channels, features, expand) < 1 or mid_features <= _NARROWER:
+        self.scale, channels, features, expand = as_wholes(
+            1, scale=scale, channels=channels, features=features, expand=expand
+        )
+        mid_features = as_whole("mid_features", mid_features, _NARROWER + 1)
+        down_blocks = as_whole("down_blocks", down_blocks, 0)
+        up_blocks = as_whole_list("up_blocks", up_blocks, 1)
+        if len(up_blocks) != down_blocks + 1:
             raise SettingError(
-                f"scale, channels, features and expand must be at least 1 and mid_features at least {_NARROWER + 1}, "
-                f"got {scale}, {channels}, {features}, {expand} and {mid_features}"
+                f"up_blocks must hold down_blocks + 1 = {down_blocks + 1} numbers, got {up_blocks}"
             )
-        if len(up_blocks) != down_blocks + 1 or min(up_blocks, default=0) < 1:
-            raise SettingError(
-                f"up_blocks must hold down_blocks + 1 = {down_blocks + 1} numbers >= 1, got {list(up_blocks)}"
-            )
-        self.scale, self.in_channels, self.fused = int(scale), int(channels), bool(fused)
+        self.in_channels, self.fused = channels, bool(fused)
         self.half_precision_safe = bool(half_precision_safe)
         self.exact_halo = 1 + 1 + 2 * down_blocks + sum(2 + 2 * count for count in up_blocks) + 1 + 1
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medsr.errors import SettingError
 from medsr.resampling import keys_matrix
+from medsr.settings import as_whole
 
 __all__ = ["BicubicUpsample", "linear_subpixel_kernels"]
 
@@ -52,9 +52,7 @@ class BicubicUpsample(nn.Module):
 
     def __init__(self, scale: int = 4) -> None:
         super().__init__()
-        if scale < 2 or scale != int(scale):
-            raise SettingError(f"scale must be a whole number of at least 2, got {scale}")
-        self.scale = int(scale)
+        self.scale = as_whole("scale", scale, 2)
         centres = _REACH + (np.arange(self.scale) + 0.5) / self.scale - 0.5
         # Per new pixel of an old one: which shifted images it is made of, and how much of each.
         self._taps = [

@@ -148,6 +148,7 @@ def estimate_from_planes(
     thickness: float,
     positions: Sequence[float] | npt.NDArray[np.float64],
     out: Tensor | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Read the planes of both in-plane axes and join them: by their mean, or by a fusion for the image channel.
 
@@ -160,11 +161,15 @@ def estimate_from_planes(
         image: stack of thick slices.
         scale: slice spacing divided by the new slice spacing.
         thickness: slice thickness divided by slice spacing.
-        positions: centres of the new slices in units of old slices.
+        positions: centres of the new slices in units of old slices, ascending where a fusion joins neighbours.
         out: where the result is written.
+        advance: told, without gradients, how many more of the ``H + W`` planes have been read.
 
     Shape:
         ``(B, C, H, W, D)`` to ``(B, C, H, W, len(positions))``.
+
+    Raises:
+        SettingError: if there is a fusion and the positions do not ascend.
 
     Example:
         >>> planes = PlanePrior(channels=4, blocks=1)
@@ -173,6 +178,10 @@ def estimate_from_planes(
         torch.Size([1, 1, 4, 6, 4])
     """
     places = np.asarray(positions, dtype=np.float64)
+    if fusion is not None and (np.diff(places) <= 0).any():
+        raise SettingError(
+            "positions of thin slices must ascend: each one is joined with its neighbours; sort them"
+        )
     _, conditions = slabs_and_conditions(places, image.shape[-1], scale=scale, thickness=thickness)
     conditions = conditions.to(image.device)
 
@@ -183,27 +192,29 @@ def estimate_from_planes(
             .transpose(1, 2)
         )
 
+    def read_into(planes: Tensor, target: Tensor) -> None:
+        """Read a few planes ``(W, D)`` at a time, which stay in the processor's cache."""
+        batch, _, height, width, depth = planes.shape
+        few = max(1, _PIXELS_AT_ONCE // (batch * width * depth))
+        for k in range(0, height, few):
+            part = slice(k, min(k + few, height))
+            target[:, :, part] = read(planes[:, :, part])
+            if advance is not None:
+                advance(part.stop - part.start)
+
     if torch.is_grad_enabled():
         # Training blocks are small, and a frozen prior saves nothing for gradients by itself.
         joined = _joined(fusion, read(image.transpose(2, 3)).transpose(2, 3), read(image), conditions)
         return joined if out is None else out.copy_(joined)
     if out is None:
         out = torch.empty(*image.shape[:4], len(places), device=image.device)
-    _read_in_parts(read, image.transpose(2, 3), out.transpose(2, 3))
-    _join_in_bands(read, fusion, image, conditions=conditions, out=out)
+    read_into(image.transpose(2, 3), out.transpose(2, 3))
+    _join_in_bands(read_into, fusion, image, conditions=conditions, out=out)
     return out
 
 
-def _read_in_parts(read: Callable[[Tensor], Tensor], image: Tensor, out: Tensor) -> None:
-    """Read a few planes ``(W, D)`` at a time, which stay in the processor's cache."""
-    batch, _, height, width, depth = image.shape
-    few = max(1, _PIXELS_AT_ONCE // (batch * width * depth))
-    for k in range(0, height, few):
-        out[:, :, k : k + few] = read(image[:, :, k : k + few])
-
-
 def _join_in_bands(
-    read: Callable[[Tensor], Tensor],
+    read_into: Callable[[Tensor, Tensor], None],
     fusion: PlaneFusion | None,
     image: Tensor,
     *,
@@ -220,7 +231,7 @@ def _join_in_bands(
         # Rows that the band before has read already.
         have = min(start + halo, height) if start else 0
         fresh = torch.empty_like(out[:, :, have:seen])
-        _read_in_parts(read, image[:, :, have:seen], fresh)
+        read_into(image[:, :, have:seen], fresh)
         first = torch.cat([first_above, out[:, :, start:seen]], dim=2)
         second = torch.cat([second_above, fresh], dim=2)
         above = first_above.shape[2]

@@ -152,8 +152,10 @@ def _read(basis: Tensor, slabs: npt.NDArray[np.int64], weights: Tensor, bias: Te
     """
     depth = basis.shape[-1]
     counts = np.bincount(slabs, minlength=depth)
-    # Positions ascend, hence the rank in the slab is the distance to the slab's first position.
-    ranks = np.arange(len(slabs)) - (np.cumsum(counts) - counts)[slabs]
+    # In the order of the slabs the rank in the slab is the distance to the slab's first position.
+    order = np.argsort(slabs, kind="stable")
+    ranks = np.empty_like(slabs)
+    ranks[order] = np.arange(len(slabs)) - (np.cumsum(counts) - counts)[slabs[order]]
     most = int(counts.max())
     place = torch.as_tensor(slabs * most + ranks, device=basis.device)
     padded = weights.new_zeros(depth * most, *weights.shape[1:]).index_copy(0, place, weights)

@@ -22,6 +22,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from medsr.errors import SettingError
 from medsr.networks.blocks import border_sides, channel_means, convolve_exactly
 from medsr.networks.interpolation import BicubicUpsample
+from medsr.settings import as_whole, as_wholes
 
 __all__ = ["FusionDiscriminator", "ImprovedSE", "SEGenerator"]
 
@@ -61,7 +62,7 @@ class ImprovedSE(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        hidden = max(1, channels // reduction)
+        hidden = max(1, channels // as_whole("reduction", reduction, 1))
         self.reduce, self.expand = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor, mean: Tensor | None = None) -> Tensor:
@@ -140,10 +141,12 @@ class SEGenerator(nn.Module):
         image_skip: bool = False,
     ) -> None:
         super().__init__()
-        doublings = int(scale).bit_length() - 1
-        if scale < 2 or scale != 2**doublings:
+        self.scale = as_whole("scale", scale)
+        doublings = self.scale.bit_length() - 1
+        if self.scale < 2 or self.scale != 2**doublings:
             raise SettingError(f"scale must be a power of two, such as 2, 4, 8 or 16, got {scale}")
-        self.scale, self.in_channels, self.features = int(scale), int(channels), int(features)
+        channels, features, blocks = as_wholes(1, channels=channels, features=features, blocks=blocks)
+        self.in_channels, self.features = channels, features
         # One pixel per 3 x 3 convolution; those behind the first doubling reach less than one pixel together, and
         # the last pixel that they touch has to be there in full.
         self.gated_halo = 1 + 2 * blocks + int(body_tail) + 2

@@ -20,6 +20,7 @@ from medsr.errors import DataError, SettingError
 from medsr.networks.blocks import border_sides, channel_means, convolve_exactly
 from medsr.networks.interpolation import BicubicUpsample
 from medsr.networks.parallax import BiPAM, ParallaxResult
+from medsr.settings import as_whole, as_whole_list, as_wholes
 
 __all__ = ["SEGSRNet", "StereoPrediction", "ipassr"]
 
@@ -148,7 +149,19 @@ class SEGSRNet(nn.Module):
         if skip not in _SKIPS:
             raise SettingError(f"skip must be one of {', '.join(_SKIPS)}, got '{skip}'")
         self.upsample = BicubicUpsample(scale)
-        self.scale, self.in_channels, self.skip = self.upsample.scale, 2 * int(channels), skip
+        channels, features, growth, fusion_growth, blocks = as_wholes(
+            1,
+            channels=channels,
+            features=features,
+            growth=growth,
+            fusion_growth=fusion_growth,
+            blocks=blocks,
+        )
+        attention_blocks = as_whole("attention_blocks", attention_blocks, 0)
+        rates = as_whole_list("rates", rates, 1)
+        if cross_view and features % blocks:
+            raise SettingError(f"features must be a multiple of blocks, got {features} and {blocks}")
+        self.scale, self.in_channels, self.skip = self.upsample.scale, 2 * channels, skip
         # Head; two convolutions and the 7 x 7 gate of each CCSB; ASPP; dense blocks; what is compared; dense blocks
         # of fusion and reconstruction; and the last convolution, whose fine pixel lies within one coarse one.
         self.gated_row_halo = (
@@ -327,7 +340,7 @@ class _ChannelGate(nn.Module):
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
-        hidden = max(1, channels // reduction)
+        hidden = max(1, channels // as_whole("reduction", reduction, 1))
         self.reduce, self.expand = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor, means: _Means) -> Tensor:

@@ -11,7 +11,7 @@ Code: written from the papers. Weights: see the bundle's ``models/README.md``.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +26,7 @@ from medsr.networks.checkpoints import load_checkpoint, rename_tensors
 from medsr.networks.plane_fusion import PlaneFusion, estimate_from_planes
 from medsr.networks.plane_prior import PlanePrior, interpolated
 from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
+from medsr.settings import as_number
 
 __all__ = ["SliceSRNet", "convert_flavr"]
 
@@ -121,6 +122,7 @@ class SliceSRNet(nn.Module):
         super().__init__()
         if head not in ("plain", "uncertainty"):
             raise SettingError(f"head must be 'plain' or 'uncertainty', got '{head}'")
+        width = as_number("width", width)
         channels = [int(c * width) for c in _STAGES]
         if min(channels) < 4:
             raise SettingError(f"width must be at least {4 / _STAGES[0]}, got {width:g}")
@@ -164,13 +166,14 @@ class SliceSRNet(nn.Module):
             image: stack of thick slices, intensities about [0, 1].
             scale: slice spacing divided by the new slice spacing; default ``self.scale``.
             thickness: slice thickness divided by slice spacing; below 1 with a gap.
-            positions: centres of the new slices in units of old slices; default the same field of view.
+            positions: centres of the new slices in units of old slices; default the same field of view. With a prior
+                they must ascend.
         """
         scale = self.scale if scale is None else float(scale)
         depth = image.shape[-1]
         if positions is None:
             positions = slice_positions(depth, rescaled_size(depth, scale), scale)
-        estimate = self.first_estimate(image, scale, thickness, positions)
+        estimate = self.first_estimate(image, scale, thickness, positions=positions)
         return self.refine(estimate, image, scale=scale, thickness=thickness, positions=positions)
 
     def refine(
@@ -283,11 +286,24 @@ class SliceSRNet(nn.Module):
         return F.pad(stack, pads, mode="replicate"), (top, left)
 
     def first_estimate(
-        self, image: Tensor, scale: float, thickness: float, positions: Sequence[float] | np.ndarray
+        self,
+        image: Tensor,
+        scale: float,
+        thickness: float,
+        *,
+        positions: Sequence[float] | np.ndarray,
+        advance: Callable[[int], object] | None = None,
     ) -> Tensor:
         """What the residual is added to: planes of both in-plane axes, or the interpolation.
 
         It needs little memory, so that an inferer may ask for it at once where it runs the network in tiles.
+
+        Args:
+            image: as for :meth:`forward`.
+            scale: as for :meth:`forward`.
+            thickness: as for :meth:`forward`.
+            positions: as for :meth:`forward`.
+            advance: told how many more of the ``H + W`` planes have been read.
 
         Shape:
             ``(B, 1 + label_classes, H, W, D)`` to ``(B, 1 + label_classes [+ 1], H, W, len(positions))``, float32;
@@ -312,6 +328,7 @@ class SliceSRNet(nn.Module):
             thickness=thickness,
             positions=places,
             out=estimate,
+            advance=advance,
         )
         return result
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from medsr.errors import DataError, SettingError
 from medsr.networks.blocks import convolve_exactly, without_autocast
 from medsr.networks.checkpoints import load_checkpoint, rename_tensors
+from medsr.settings import as_whole_list, as_wholes
 
 __all__ = ["SPPLinkNet", "adaptive_means", "load_encoder"]
 
@@ -112,18 +113,17 @@ class SPPLinkNet(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if encoder not in _ENCODERS:
+        if encoder not in list(_ENCODERS):
             raise SettingError(f"encoder must be one of {', '.join(_ENCODERS)}, got '{encoder}'")
         if pyramid not in _PYRAMIDS:
             raise SettingError(f"pyramid must be one of {', '.join(_PYRAMIDS)}, got '{pyramid}'")
-        if min(classes, channels, width) < 1 or width % 4:
-            raise SettingError(
-                "classes and channels must be at least 1 and width a multiple of 4, "
-                f"got {classes}, {channels} and {width}"
-            )
-        if pyramid == "pooling" and min(bins, default=0) < 1:
-            raise SettingError(f"bins must hold at least one number >= 1, got {list(bins)}")
-        self.in_channels, self.out_channels = int(channels), int(classes)
+        classes, channels, width = as_wholes(1, classes=classes, channels=channels, width=width)
+        if width % 4:
+            raise SettingError(f"width must be a multiple of 4, got {width}")
+        bins = as_whole_list("bins", bins, 1)
+        if pyramid == "pooling" and not bins:
+            raise SettingError("bins must hold at least one number >= 1, got []")
+        self.in_channels, self.out_channels = channels, classes
         mean, std = _per_channel("mean", mean, _MEAN, channels), _per_channel("std", std, _STD, channels)
         if min(std) <= 0:
             raise SettingError(f"std must be larger than 0, got {std}")

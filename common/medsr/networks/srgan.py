@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medsr.errors import SettingError
 from medsr.networks.blocks import convolve_exactly
 from medsr.networks.interpolation import linear_subpixel_kernels
+from medsr.settings import as_whole, as_wholes
 
 __all__ = ["SRGANDiscriminator", "SRResNet"]
 
@@ -87,8 +88,9 @@ class SRResNet(nn.Module):
         interpolation_start: bool = False,
     ) -> None:
         super().__init__()
-        doublings = int(scale).bit_length() - 1
-        if scale != 3 and (scale < 2 or scale != 2**doublings):
+        self.scale = as_whole("scale", scale)
+        doublings = self.scale.bit_length() - 1
+        if self.scale < 2 or self.scale not in (3, 2**doublings):
             raise SettingError(f"scale must be 3 or a power of two, such as 2, 4 or 8, got {scale}")
         if prelu not in ("shared", "channel"):
             raise SettingError(f"prelu must be 'shared' or 'channel', got '{prelu}'")
@@ -98,7 +100,9 @@ class SRResNet(nn.Module):
             raise SettingError(
                 "a network with output 'tanh01' cannot start as interpolation; set output to 'linear'"
             )
-        self.scale, self.in_channels, self.output = int(scale), int(channels), output
+        channels, features = as_wholes(1, channels=channels, features=features)
+        blocks = as_whole("blocks", blocks, 0)
+        self.in_channels, self.output = channels, output
         # Head 4, two per block, tail 1. Behind them, at every scale, 3: the last convolution sees four fine pixels
         # further, which lie in two coarse ones at most; each sub-pixel convolution adds one pixel of its own grid,
         # which the doublings halve, so that the first of them sees the third coarse pixel and no more.
@@ -108,7 +112,7 @@ class SRResNet(nn.Module):
         self.blocks = nn.Sequential(*(_ResidualBlock(features, slopes) for _ in range(blocks)))
         self.tail = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.BatchNorm2d(features))
         self.upsample = nn.Sequential()
-        for factor in [3] if scale == 3 else [2] * doublings:
+        for factor in [3] if self.scale == 3 else [2] * doublings:
             self.upsample.append(nn.Conv2d(features, factor**2 * features, 3, padding=1))
             self.upsample.append(nn.PixelShuffle(factor))
             self.upsample.append(nn.PReLU(slopes))
@@ -198,9 +202,9 @@ class SRGANDiscriminator(nn.Module):
         super().__init__()
         if head not in ("pooled", "dense"):
             raise SettingError(f"head must be 'pooled' or 'dense', got '{head}'")
-        if size < 16:
-            raise SettingError(f"size must be at least 16 pixels, got {size}")
-        self.size = int(size) if head == "dense" else None
+        size = as_whole("size", size, 16)
+        channels, features = as_wholes(1, channels=channels, features=features)
+        self.size = size if head == "dense" else None
         widths = [features * times for times in (1, 1, 2, 2, 4, 4, 8, 8)]
         self.body = nn.Sequential(nn.Conv2d(channels, features, 3, padding=1), nn.LeakyReLU(_SLOPE, True))
         for index, (before, after) in enumerate(pairwise(widths)):

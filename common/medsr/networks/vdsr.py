@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from medsr.errors import SettingError
 from medsr.networks.interpolation import BicubicUpsample
+from medsr.settings import as_whole, as_wholes
 
 __all__ = ["VDSR"]
 
@@ -41,7 +41,7 @@ class VDSR(nn.Module):
         is clamped.
 
     Raises:
-        SettingError: for a scale that is no whole number of at least 2, or fewer than two layers.
+        SettingError: for a scale that is no whole number of at least 2, fewer than two layers, or no features.
 
     Example:
         >>> import torch
@@ -71,10 +71,10 @@ class VDSR(nn.Module):
         interpolation_start: bool = False,
     ) -> None:
         super().__init__()
-        if layers < 2:
-            raise SettingError(f"layers must be at least 2, got {layers}")
+        layers = as_whole("layers", layers, 2)
+        channels, features = as_wholes(1, channels=channels, features=features)
         self.upsample = BicubicUpsample(scale)
-        self.scale, self.in_channels = self.upsample.scale, int(channels)
+        self.scale, self.in_channels = self.upsample.scale, channels
         # One pixel of the fine grid per convolution.
         self.exact_halo = self.upsample.halo(layers)
         self.body = nn.Sequential()

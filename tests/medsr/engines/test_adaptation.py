@@ -6,6 +6,7 @@ import pytest
 import torch
 from medsr.engines.adaptation import AdaptingInferer
 from medsr.engines.self_training import SelfTraining
+from medsr.errors import OutputError
 from medsr.inferers.volume import VolumeInferer
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.phantoms import head
@@ -18,7 +19,9 @@ SETTINGS = {"amp": "float32", "tile": None, "slice_profile": "box"}
 def scan() -> MetaTensor:
     volume = torch.as_tensor(head(20)[0])[None, None] / 1000
     affine = torch.diag(torch.tensor([1.0, 1.0, 4.0, 1.0], dtype=torch.float64))[None]
-    return MetaTensor(volume.unflatten(-1, (5, 4)).mean(-1), affine=affine)
+    # As a loader makes it of the volumes of a batch.
+    meta = {"filename_or_obj": ["/scans/T1 left.nii.gz"]}
+    return MetaTensor(volume.unflatten(-1, (5, 4)).mean(-1), affine=affine, meta=meta)
 
 
 def network(*, prior: bool = False) -> SliceSRNet:
@@ -45,7 +48,7 @@ def test_the_result_is_that_of_adapted_weights_and_the_facts_say_so(scan, tmp_pa
     assert run.facts["ratio"] == 4.0
 
     assert all(torch.equal(shipped.state_dict()[key], before[key]) for key in before)
-    saved = torch.load(tmp_path / "weights" / "1_adapted.pt", weights_only=True)
+    saved = torch.load(tmp_path / "weights" / "T1_left_adapted.pt", weights_only=True)
     assert any(not torch.equal(saved[key], before[key]) for key in before)
     # The saved weights serve further scans: they give the same result without another training.
     again = network(prior=prior)
@@ -58,7 +61,7 @@ def test_only_the_prior_adapts_where_there_is_one(scan, tmp_path):
     shipped = network(prior=True)
     before = copy.deepcopy(shipped.state_dict())
     AdaptingInferer(short(), tmp_path, **SETTINGS)(scan, shipped)
-    saved = torch.load(tmp_path / "1_adapted.pt", weights_only=True)
+    saved = torch.load(tmp_path / "T1_left_adapted.pt", weights_only=True)
     changed = {key for key in saved if not torch.equal(saved[key], before[key])}
     assert changed
     assert all(key.startswith("prior.") for key in changed)
@@ -66,9 +69,42 @@ def test_only_the_prior_adapts_where_there_is_one(scan, tmp_path):
 
 def test_every_scan_starts_from_the_shipped_weights(scan, tmp_path):
     run, shipped = AdaptingInferer(short(), tmp_path, **SETTINGS), network()
-    first, second = run(scan, shipped), run(scan, shipped)
+    other = scan.clone()
+    other.meta["filename_or_obj"] = "/scans/other.nii"
+    first, second = run(scan, shipped), run(other, shipped)
     assert torch.allclose(first, second, atol=1e-6)
-    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["1_adapted.pt", "2_adapted.pt"]
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["T1_left_adapted.pt", "other_adapted.pt"]
+
+
+def test_weights_of_an_earlier_run_are_replaced_only_when_asked(scan, tmp_path):
+    shipped, saved = network(), tmp_path / "T1_left_adapted.pt"
+    AdaptingInferer(short(), tmp_path, **SETTINGS)(scan, shipped)
+    before = saved.read_bytes()
+    training = short()
+    training.learning_rate *= 2
+    with pytest.raises(OutputError, match=r"^T1_left_adapted\.pt: is there already; .*overwrite"):
+        AdaptingInferer(training, tmp_path, **SETTINGS)(scan, shipped)
+    # Refused before minutes of training.
+    assert training.done == {}
+    assert saved.read_bytes() == before
+    AdaptingInferer(training, tmp_path, overwrite=True, **SETTINGS)(scan, shipped)
+    assert saved.read_bytes() != before
+
+
+def test_a_volume_without_a_file_is_a_scan(scan, tmp_path):
+    nameless = MetaTensor(scan.as_tensor(), affine=scan.affine)
+    AdaptingInferer(short(), tmp_path, **SETTINGS)(nameless, network())
+    assert (tmp_path / "scan_adapted.pt").exists()
+
+
+def test_the_report_tells_of_a_training_that_was_cut_short(scan, monkeypatch):
+    monkeypatch.setattr(
+        "medsr.engines.self_training.TimeLimit", lambda limit: lambda engine: engine.terminate()
+    )
+    run = AdaptingInferer(SelfTraining(1, 3, batch_size=1, block_size=(16, 16)), **SETTINGS)
+    run(scan, network())
+    assert run.facts["adaptation"]["iterations"] == 1
+    assert run.facts["warnings"] == ["training stopped after 1 minutes: 1 of 3 iterations"]
 
 
 def test_nothing_is_saved_unless_wanted(scan, tmp_path, monkeypatch):

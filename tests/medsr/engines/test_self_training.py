@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+from itertools import count
 
 import pytest
 import torch
 from medsr.engines.prepare_batch import PrepareThickSlices
 from medsr.engines.self_training import PrepareThickPlanes, SelfTraining
+from medsr.errors import SettingError
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.networks.wdsr import PlaneSRNet
 from monai.data import MetaTensor
@@ -100,10 +102,49 @@ def test_a_budget_of_minutes_ends_the_training(volume, monkeypatch):
     # Every look at the clock takes three seconds.
     clock = iter(range(0, 1_000_000, 3))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
-    training = SelfTraining(0.5, 10_000, batch_size=1, block_size=(16, 16))
+    training = SelfTraining(0.5, batch_size=1, block_size=(16, 16))
     training(slices_network(), image_of(volume), ratio=4.0, thickness=1.0, profile="box")
     assert 1 <= training.done["iterations"] < 12
     assert training.done["minutes"] >= 0.5
+    assert training.warnings == []
+
+
+def test_iterations_make_a_run_that_can_be_repeated_whatever_the_clock_says(volume, monkeypatch):
+    found = []
+    for seconds in (0.1, 9):
+        clock = count(0, seconds)
+        monkeypatch.setattr("time.monotonic", lambda clock=clock: float(next(clock)))
+        training = SelfTraining(10, 3, batch_size=1, block_size=(16, 16))
+        network = training(slices_network(), image_of(volume), ratio=4.0, thickness=1.0, profile="box")
+        assert training.done["iterations"] == 3
+        assert training.warnings == []
+        found.append(network.state_dict())
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_minutes_are_a_cap_on_iterations(volume, monkeypatch):
+    clock = count(0, 10)
+    monkeypatch.setattr("time.time", lambda: float(next(clock)))
+    training = SelfTraining(0.25, 500, batch_size=1, block_size=(16, 16))
+    training(slices_network(), image_of(volume), ratio=4.0, thickness=1.0, profile="box")
+    done = training.done["iterations"]
+    assert 1 <= done < 20
+    assert training.warnings == [f"training stopped after 0.25 minutes: {done} of 500 iterations"]
+
+
+@pytest.mark.parametrize("iterations", [0, 1.5, "many"])
+def test_iterations_are_a_whole_number(iterations):
+    with pytest.raises(SettingError, match="iterations must be a whole number >= 1"):
+        SelfTraining(4.0, iterations)
+
+
+def test_the_random_state_of_the_caller_stays(volume):
+    network = slices_network()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    trained(network, volume, 1)
+    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("ratio", [1.5, 8.0])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import pytest
@@ -88,6 +89,25 @@ def test_a_processor_is_asked_what_it_can(capability, monkeypatch):
     found = {} if capability is None else {capability: True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert native_bfloat16("cpu") == (capability is not None)
+
+
+@pytest.mark.parametrize(("device", "native"), [("cuda:0", False), ("cuda:1", True)])
+def test_of_a_gpu_only_its_own_hardware_counts(device, native, monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def current(wanted):
+        entered.append(torch.device(wanted).index)
+        yield
+        entered.pop()
+
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or entered == [1]
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert native_bfloat16(device) is native
+    assert native_bfloat16(torch.device(device)) is native
 
 
 def test_unknown_devices_count_as_not_native():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medsr.errors import SettingError
 from medsr.geometry import rescaled_size, slice_positions
+from medsr.inferers import slice_group
 from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.networks.slice_sr import SliceSRNet
 from monai.data import MetaTensor
@@ -193,7 +195,7 @@ def test_windows_alone_and_together_give_the_same_result(batch, settings):
     alone = run(images, network, scale=2.5)
     assert torch.allclose(alone, together, atol=1e-2 if "amp" in settings else 1e-6)
     assert not torch.allclose(
-        alone, network.first_estimate(images, 2.5, 1.0, slice_positions(7, 18, 2.5)), atol=1e-2
+        alone, network.first_estimate(images, 2.5, 1.0, positions=slice_positions(7, 18, 2.5)), atol=1e-2
     )
 
 
@@ -228,15 +230,17 @@ def test_the_input_stays_as_it_was():
     assert torch.equal(image, before)
 
 
-@pytest.mark.parametrize(("name", "value"), [("group", 0), ("context", -1), ("tile", 4), ("halo", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("group", 0), ("context", -1), ("tile", 4), ("halo", -1), ("tile", 8.5)]
+)
 def test_settings_out_of_range_are_named(name, value):
-    with pytest.raises(SettingError, match=f"{name} >= .*{value}"):
+    with pytest.raises(SettingError, match=f"{name} must be a whole number >= .*{value}"):
         SliceGroupInferer(**{name: value})
 
 
-def test_a_misspelt_precision_is_named_before_the_result():
+def test_a_misspelt_precision_is_named_before_any_volume_is_read():
     with pytest.raises(SettingError, match="half"):
-        SliceGroupInferer(amp="half")(ramp(5), Positions())
+        SliceGroupInferer(amp="half")
 
 
 def test_a_first_estimate_is_made_once_for_the_whole_stack_and_knows_no_tiles():
@@ -254,3 +258,32 @@ def test_a_first_estimate_is_made_once_for_the_whole_stack_and_knows_no_tiles():
     assert torch.allclose(found[:, :1], whole[:, :1], atol=1e-6)
     # Every plane of both axes once.
     assert sum(planes) == 40 + 24
+
+
+def test_progress_is_shown_for_the_first_estimate_too(capsys, monkeypatch):
+    monkeypatch.setattr(slice_group, "tqdm", partial(slice_group.tqdm, mininterval=0))
+    network = SliceSRNet(0.125, prior=True)
+    inferer(progress=True)(torch.rand(1, 1, 24, 16, 5), network, scale=2)
+    shown = capsys.readouterr().err
+    assert "first estimate: 100%" in shown
+    assert "40/40" in shown
+    assert "super-resolution: 100%" in shown
+
+
+def test_a_quiet_inferer_shows_nothing(capsys):
+    inferer()(torch.rand(1, 1, 24, 16, 5), SliceSRNet(0.125, prior=True), scale=2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_quiet_command_outweighs_the_setting(monkeypatch):
+    # medsr run --quiet sets TQDM_DISABLE, which tqdm reads only where nothing is said of it.
+    said, shown = [], slice_group.tqdm
+
+    def recorded(*given, **more):
+        said.append(more)
+        return shown(*given, **more)
+
+    monkeypatch.setattr(slice_group, "tqdm", recorded)
+    inferer(progress=True)(torch.rand(1, 1, 24, 16, 5), SliceSRNet(0.125, prior=True), scale=2)
+    assert len(said) == 2
+    assert all("disable" not in one for one in said)

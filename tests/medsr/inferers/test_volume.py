@@ -252,9 +252,10 @@ def test_the_warnings_of_one_scan_do_not_stay_for_the_next():
     assert run.facts["warnings"] == []
 
 
-def test_a_target_coarser_than_the_slices_is_refused():
-    with pytest.raises(SettingError, match=r"target_spacing_mm 5 is coarser than the slices of 4 mm"):
-        inferer(spacing_mm=5)(scan(), Recorder())
+@pytest.mark.parametrize(("wanted", "text"), [(5, "5"), (1e9, "1e[+]09")])
+def test_a_target_coarser_than_the_slices_is_refused(wanted, text):
+    with pytest.raises(SettingError, match=f"target_spacing_mm {text} is coarser than the slices of 4 mm"):
+        inferer(spacing_mm=wanted)(scan(), Recorder())
 
 
 def test_scans_of_different_geometry_do_not_share_a_batch():
@@ -271,6 +272,13 @@ def test_scans_of_different_geometry_do_not_share_a_batch():
         ({"slice_thickness_mm": -1.0}, "slice_thickness_mm"),
         ({"consistency": 1.5}, "consistency"),
         ({"consistency": -0.1}, "consistency"),
+        ({"spacing_mm": "abc"}, "target_spacing_mm must be a number > 0, got 'abc'"),
+        ({"slice_thickness_mm": "abc"}, "slice_thickness_mm must be a number > 0, got 'abc'"),
+        ({"slice_thickness_mm": True}, "slice_thickness_mm must be a number > 0, got True"),
+        ({"consistency": "x"}, "consistency must be a number, got 'x'"),
+        ({"group": "x"}, "group must be a whole number >= 1, got 'x'"),
+        ({"tile": "abc"}, "tile must be a whole number >= 8, got 'abc'"),
+        ({"both_directions": "no"}, "both_directions must be true or false, got 'no'"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, name):

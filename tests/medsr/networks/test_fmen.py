@@ -136,12 +136,16 @@ def test_the_shuffle_is_that_of_torch_and_nothing_is_clamped_or_added():
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"scale": 0}, "got 0, 3, 8, 2 and 7"),
-        ({"expand": 0}, "got 4, 3, 8, 0 and 7"),
-        ({"mid_features": 4}, "mid_features at least 5, got .* and 4"),
-        ({"up_blocks": (1,)}, r"down_blocks \+ 1 = 2 numbers >= 1, got \[1\]"),
-        ({"up_blocks": [1, 0]}, r"got \[1, 0\]"),
-        ({"down_blocks": -1, "up_blocks": ()}, r"down_blocks \+ 1 = 0 numbers"),
+        ({"scale": 0}, "^scale must be a whole number >= 1, got 0"),
+        ({"scale": "four"}, "^scale must be .*, got 'four'"),
+        ({"features": None}, "^features must be .*, got None"),
+        ({"channels": 1.5}, "^channels must be .*, got 1.5"),
+        ({"expand": 0}, "^expand must be .*, got 0"),
+        ({"mid_features": 4}, "^mid_features must be a whole number >= 5, got 4"),
+        ({"up_blocks": (1,)}, r"^up_blocks must hold down_blocks \+ 1 = 2 numbers, got \[1\]"),
+        ({"up_blocks": [1, 0]}, r"^up_blocks must be a list of whole numbers >= 1, got \[1, 0\]"),
+        ({"up_blocks": 3}, "^up_blocks must be a list of whole numbers >= 1, got 3"),
+        ({"down_blocks": -1, "up_blocks": ()}, "^down_blocks must be a whole number >= 0, got -1"),
     ],
 )
 def test_sizes_that_make_no_network_are_refused(settings, word):

@@ -65,7 +65,7 @@ def test_nothing_is_saved_with_the_weights():
 
 @pytest.mark.parametrize("scale", [1, 0, -2, 2.5])
 def test_another_scale_is_refused(scale):
-    with pytest.raises(SettingError, match=rf"whole number of at least 2, got {scale}$"):
+    with pytest.raises(SettingError, match=rf"scale must be a whole number >= 2, got {scale}$"):
         BicubicUpsample(scale)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 from medsr.errors import SettingError
@@ -57,6 +58,19 @@ def test_turning_the_volume_about_its_slice_axis_swaps_the_readings():
     found = estimate_from_planes(prior, None, image, **arguments)
     turned = estimate_from_planes(prior, None, image.transpose(2, 3), **arguments)
     assert torch.allclose(turned.transpose(2, 3), found, atol=1e-6)
+
+
+def test_the_mean_takes_positions_in_any_order_and_a_fusion_refuses_it():
+    prior, fusion = randomised(PlanePrior(channels=4, blocks=1)), PlaneFusion(2)
+    arguments = {"scale": 2.0, "thickness": 1.0}
+    image, positions, order = stack(6, 7, 4), np.array([-0.25, 0.25, 0.75, 1.25, 1.75]), [3, 0, 4, 1, 2]
+    with torch.inference_mode():
+        whole = estimate_from_planes(prior, None, image, positions=positions, **arguments)
+        found = estimate_from_planes(prior, None, image, positions=positions[order], **arguments)
+    assert torch.allclose(found, whole[..., order], atol=1e-6)
+    for wrong in (positions[order], positions[::-1], [0.25, 0.25]):
+        with pytest.raises(SettingError, match="must ascend"):
+            estimate_from_planes(prior, fusion, image, positions=wrong, **arguments)
 
 
 def test_a_block_with_the_stated_halo_is_exact():

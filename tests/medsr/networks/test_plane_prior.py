@@ -50,6 +50,18 @@ def test_some_positions_alone_are_what_they_are_among_all(ratio):
         assert float((whole - tiny()(image, ratio)).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("ratio", [2.5, 4])
+def test_positions_may_come_in_any_order(ratio):
+    network, image = tiny(trained=True), planes()
+    positions = slice_positions(6, rescaled_size(6, ratio), ratio)
+    order = np.random.default_rng(0).permutation(len(positions))
+    with torch.inference_mode():
+        whole = network(image, ratio, 0.9, positions)
+        for chosen in (order, order[::-1], np.repeat(order[:4], 2)):
+            found = network(image, ratio, 0.9, positions[chosen])
+            assert torch.allclose(found, whole[..., chosen.copy()], atol=1e-5)
+
+
 def test_a_tile_with_the_stated_halo_is_exact():
     network = tiny(trained=True)
     image = planes(height=40)

@@ -134,6 +134,20 @@ def test_a_scale_that_is_no_power_of_two_is_refused(scale):
         tiny(scale)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": "four"}, "scale must be a whole number, got 'four'"),
+        ({"blocks": 0}, "blocks must be a whole number >= 1, got 0"),
+        ({"features": None}, "features must be a whole number >= 1, got None"),
+        ({"reduction": 0}, "reduction must be a whole number >= 1, got 0"),
+    ],
+)
+def test_settings_that_make_no_network_are_named(settings, message):
+    with pytest.raises(SettingError, match=f"^{message}$"):
+        SEGenerator(**settings)
+
+
 @pytest.mark.parametrize("scale", [2, 4, 8])
 @torch.inference_mode()
 def test_with_the_image_skip_a_network_starts_as_bicubic_interpolation(scale):

@@ -261,7 +261,13 @@ def test_what_is_no_pair_is_refused(shape):
     ("call", "message"),
     [
         (lambda: tiny(skip="lanczos"), "skip must be one of matlab, pytorch, got 'lanczos'"),
-        (lambda: tiny(1), "scale must be a whole number of at least 2"),
+        (lambda: tiny(1), "scale must be a whole number >= 2, got 1"),
+        (lambda: tiny("four"), "scale must be a whole number >= 2, got 'four'"),
+        (lambda: tiny(growth=0), "growth must be a whole number >= 1, got 0"),
+        (lambda: tiny(rates=3), "rates must be a list of whole numbers >= 1, got 3"),
+        (lambda: tiny(rates=["a"]), r"rates must be a list .*, got \['a'\]"),
+        (lambda: tiny(reduction=0), "reduction must be a whole number >= 1, got 0"),
+        (lambda: tiny(features=8, blocks=3), "features must be a multiple of blocks, got 8 and 3"),
         (lambda: tiny()(pair(), parallax="all"), "parallax must be one of none, disparity, maps, got 'all'"),
         (
             lambda: tiny(cross_view=False)(pair(), parallax="maps"),

@@ -63,7 +63,14 @@ def test_parameter_counts_are_those_of_the_published_layout():
     assert parameters_of(0.25) == pytest.approx(2.7e6, rel=0.02)
 
 
-@pytest.mark.parametrize(("settings", "word"), [({"head": "mean"}, "mean"), ({"width": 0.05}, "0.05")])
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"head": "mean"}, "mean"),
+        ({"width": 0.05}, "0.05"),
+        ({"width": "x"}, "width must be a number, got 'x'"),
+    ],
+)
 def test_settings_out_of_range_are_named(settings, word):
     with pytest.raises(SettingError, match=word) as error:
         SliceSRNet(**settings)
@@ -136,7 +143,7 @@ def test_the_part_of_the_plane_that_is_kept_is_that_of_the_whole(size):
     rows, columns = slice(3, 19), slice(7, 66)
     positions = slice_positions(5, 15, 3)
     with torch.inference_mode():
-        estimate = network.first_estimate(image, 3, 1.0, positions)[..., rows, columns, :]
+        estimate = network.first_estimate(image, 3, 1.0, positions=positions)[..., rows, columns, :]
         network.refine(estimate, image, scale=3, thickness=1.0, positions=positions, keep=(rows, columns))
     # Bands of columns, which their neighbours reach into, equal the whole plane with gradients.
     assert torch.allclose(estimate, whole[..., rows, columns, :], atol=1e-5)

@@ -318,14 +318,14 @@ def test_both_learn_in_the_adversarial_trainer(head):
 @pytest.mark.parametrize(
     ("kind", "settings", "word"),
     [
-        *(
-            (SRResNet, {"scale": scale}, rf"3 or a power of two.* got {scale}$")
-            for scale in (1, 0, -4, 6, 2.5)
-        ),
+        *((SRResNet, {"scale": scale}, rf"3 or a power of two.* got {scale}$") for scale in (1, 0, -4, 6)),
+        *((SRResNet, {"scale": scale}, "^scale must be a whole number, got") for scale in (2.5, "four")),
+        (SRResNet, {"blocks": -1}, "^blocks must be a whole number >= 0, got -1$"),
+        (SRGANDiscriminator, {"features": "x"}, "^features must be .*, got 'x'$"),
         (SRResNet, {"prelu": "none"}, r"'shared' or 'channel', got 'none'$"),
         (SRResNet, {"output": "tanh"}, r"'linear' or 'tanh01', got 'tanh'$"),
         (SRGANDiscriminator, {"head": "patch"}, r"'pooled' or 'dense', got 'patch'$"),
-        (SRGANDiscriminator, {"head": "dense", "size": 8}, r"at least 16 pixels, got 8$"),
+        (SRGANDiscriminator, {"head": "dense", "size": 8}, r"^size must be a whole number >= 16, got 8$"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(kind, settings, word):

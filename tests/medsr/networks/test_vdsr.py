@@ -132,7 +132,13 @@ def test_an_exported_graph_serves_every_size(exported_for_every_size):
 
 @pytest.mark.parametrize(
     ("settings", "word"),
-    [({"scale": 1}, r"whole number .* got 1$"), ({"scale": 2.5}, r"got 2\.5$"), ({"layers": 1}, r"got 1$")],
+    [
+        ({"scale": 1}, r"whole number .* got 1$"),
+        ({"scale": 2.5}, r"got 2\.5$"),
+        ({"scale": "four"}, r"^scale .* got 'four'$"),
+        ({"layers": 1}, r"got 1$"),
+        ({"features": 0}, r"^features .* got 0$"),
+    ],
 )
 def test_impossible_settings_are_refused_in_one_line(settings, word):
     with pytest.raises(SettingError, match=word) as error:
