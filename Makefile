@@ -43,13 +43,13 @@ $(LABEL)/.installed: pyproject.toml constraints.txt $(wildcard integrations/mona
 lint: $(STAMP) ## style, formatting, bundle JSON, types
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --quiet --check .
-	@$(PY) tools/format_json.py --check bundles
+	@$(PY) tools/format_json.py --check bundles/*/configs
 	@$(PY) -m mypy --no-error-summary
 
 format: $(STAMP) ## rewrite Python and bundle JSON in the house style
 	@$(PY) -m ruff check --quiet --fix .
 	@$(PY) -m ruff format --quiet .
-	@$(PY) tools/format_json.py bundles
+	@$(PY) tools/format_json.py bundles/*/configs
 
 bench: $(STAMP) ## quality and speed, baselines beside them in the same run
 	@$(PY) -m benchmarks.quality.superres
@@ -60,6 +60,6 @@ bench: $(STAMP) ## quality and speed, baselines beside them in the same run
 	@$(PY) -m benchmarks.speed.image_sr
 	@$(PY) -m benchmarks.speed.stereo_sr
 
-clean: ## remove environments, caches and outputs
-	@rm -rf .venv $(LABEL) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo runs common/*.egg-info bundles/*/eval bundles/*/runs
+clean: ## remove environments, caches and the demo's outputs; trained weights below runs/ stay
+	@rm -rf .venv $(LABEL) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo common/*.egg-info
 	@find common tests tools docs benchmarks integrations -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -282,7 +282,8 @@ def overlay_faults(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> Itera
     used = {parts(reference)[0] for reference in REFERENCE.findall(text)}
     for key in overlay:
         path = parts(key)
-        if not holds(base, path) and not (len(path) == 1 and key in used) and key != "_desc_":
+        own = key in ("_desc_", "initialize") or (len(path) == 1 and key in used)
+        if not holds(base, path) and not own:
             yield f"{key} is not in the base config, and the overlay does not use it"
     merged = {**base, **{key: value for key, value in overlay.items() if len(parts(key)) == 1}}
     yield from reference_faults(merged)
@@ -327,6 +328,9 @@ def test_configs_hang_together(bundle: BundleInfo) -> None:
     for name, config in found.items():
         if is_overlay(config):
             assert not list(overlay_faults(found[base_of(config)], config)), name
+            # By itself it has nothing else that could say what is missing.
+            assert config["initialize"] == ["$runner.check_settings()"], name
+            assert "$import medsr.engines.runner as runner" in config["+imports"], name
         else:
             assert not list(reference_faults(config)), name
             assert not list(metric_faults(config)), name
@@ -574,10 +578,23 @@ def test_a_misspelt_setting_is_refused(
 ) -> None:
     out = tmp_path / "out"
     # The other configs take the same first step: MONAI itself would ignore the setting.
-    assert all(c["run"][0] == "$runner.check_settings()" for c in configs(bundle).values() if "run" in c)
+    for name, config in configs(bundle).items():
+        device = "" if name == "multi_gpu_train.json" else "@device"
+        assert "run" not in config or config["run"][0] == f"$runner.check_settings({device})"
     for process in (
         monai_run(bundle.root / "configs" / "inference.json", dataset_dir=data, output_dir=out, devise="cpu"),
         medsr_run(bundle.name, [data], out, devise="cpu"),
     ):
         assert re.search(r"devise.*did you mean device\?", one_error(process))
         assert not out.exists()
+
+
+@pytest.mark.slow
+def test_an_overlay_by_itself_says_what_it_lies_on(
+    monai_run: Callable[..., Any], one_error: Callable[[Any], str]
+) -> None:
+    (root,) = (info.root for info in catalog.list_bundles() if info.name == "retina_segan_superres")
+    # One has nothing to run, the other nothing to run it with.
+    for name in ("x16.json", "evaluate.json"):
+        error = one_error(monai_run(root / "configs" / name, dataset_dir="x"))
+        assert f"{name} is an overlay on inference.json" in error

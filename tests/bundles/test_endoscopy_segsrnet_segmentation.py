@@ -109,7 +109,7 @@ def test_a_frame_becomes_a_mask_an_overlay_a_figure_and_a_report(
     np.testing.assert_allclose(list(case["area_share"].values()), found, atol=1e-6)
     assert (case["network_size"], case["padding"]) == ([41, 64], [23, 0])
     assert report["settings"]["classes"] == list(case["area_share"])
-    assert set(report["sha256"]) == {"inference.json", "SPPLinkNet.pt"}
+    assert set(report["sha256"]) == {*config, "SPPLinkNet.pt"}
 
 
 @pytest.mark.slow
@@ -184,7 +184,8 @@ def test_pairs_are_enlarged_and_segmented_in_one_call(medsr, tmp_path, weights):
         assert cases[name]["output_size"] == [40, 72]
         assert cases[name]["segmentation"]["network_size"] == [36, 64]
     assert "there is no second view: the image was taken for both" in cases["single"]["warnings"]
-    assert set(report_of(out)["sha256"]) == {"superres_inference.json", "weights", "superres_weights"}
+    configs = {"parts.json", "superres_inference.json"}
+    assert set(report_of(out)["sha256"]) == {*configs, "weights", "superres_weights"}
 
     # The masks are those of inference.json on the files of the enlarged views, but for their rounding to 8 bits.
     again = tmp_path / "again"
