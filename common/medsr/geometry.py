@@ -24,6 +24,7 @@ __all__ = [
     "slice_axis",
     "slice_positions",
     "spacing_of",
+    "thin_positions",
     "through_plane_ratio",
     "to_slice_last",
     "validate_affine",
@@ -202,6 +203,20 @@ def slice_positions(size: int, new_size: int, ratio: float | None = None) -> Flo
     step = (size / new_size) if ratio is None else 1.0 / ratio
     centred = np.arange(new_size, dtype=np.float64) - (new_size - 1) / 2
     return np.asarray((size - 1) / 2 + centred * step, dtype=np.float64)
+
+
+def thin_positions(size: int, ratio: float) -> FloatArray:
+    """Centres of all thin slices that a method makes of ``size`` thick ones, in units of thick slices.
+
+    Args:
+        size: number of thick slices.
+        ratio: thick spacing divided by thin spacing.
+
+    Example:
+        >>> thin_positions(2, 1.5).tolist()
+        [-0.16666666666666663, 0.5, 1.1666666666666665]
+    """
+    return slice_positions(size, rescaled_size(size, ratio), ratio)
 
 
 def rescaled_affine(

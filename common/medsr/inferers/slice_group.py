@@ -14,7 +14,7 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from medsr.geometry import rescaled_size, slice_positions
+from medsr.geometry import thin_positions
 from medsr.inferers.precision import checked_precision, choose_precision
 from medsr.settings import as_flag, as_whole
 
@@ -124,7 +124,7 @@ class SliceGroupInferer(Inferer):
 
     def _run(self, stack: Tensor, network: Any, settings: dict[str, float]) -> Tensor:
         depth = stack.shape[-1]
-        positions = slice_positions(depth, rescaled_size(depth, settings["scale"]), settings["scale"])
+        positions = thin_positions(depth, settings["scale"])
         refines = hasattr(network, "refine")
         result: Tensor | None = None
         if refines:

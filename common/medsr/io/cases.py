@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from medsr.errors import DataError
 from medsr.io.dicom import is_dicom_series, read_series, read_series_header
+from medsr.io.links import refuse_leaving_link
 from medsr.io.nifti import VolumeHeader, read_nifti, read_nifti_header
 from medsr.settings import as_flag
 
@@ -129,9 +130,7 @@ def list_folder(
     Args:
         folder: the folder; what lies in its sub-folders is not listed.
         wanted: whether an entry is an input.
-        follow_links: list links that leave the folder, too. In a folder from somebody else they may name files of
-            this machine that were not meant; a DataLad data set holds nothing but such links. None: no, and there is
-            no such setting that the refusal could name.
+        follow_links: list links that leave the folder, too; see :func:`~medsr.io.links.refuse_leaving_link`.
 
     Raises:
         DataError: if the folder cannot be read or a wanted entry is a link to somewhere else.
@@ -147,14 +146,8 @@ def list_folder(
         found = [child for child in children if wanted(child)]
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror})") from None
-    root = folder.resolve()
     for child in found:
-        # Path.resolve() raises for a loop of links on Python below 3.13.
-        if not follow_links and child.is_symlink() and root not in Path(os.path.realpath(child)).parents:
-            raise DataError(
-                f"{child.name}: a link that leaves the folder {name}; name the file itself instead"
-                + ("" if follow_links is None else ", or set follow_links to true")
-            )
+        refuse_leaving_link(child, follow_links=follow_links, instead="name the file itself instead")
     return found
 
 

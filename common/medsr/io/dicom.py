@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from medsr.errors import DataError, GeometryError, SettingError
 from medsr.geometry import FloatArray, validate_affine
+from medsr.io.links import refuse_leaving_link
 from medsr.io.nifti import VolumeHeader, refuse_constant, refuse_oversize
 
 __all__ = ["is_dicom_series", "read_series", "read_series_header"]
@@ -118,7 +119,7 @@ def read_series_header(
     Args:
         folder: folder with the files of one series; sub-folders are not searched.
         series_uid: which series, when the folder holds several: its SeriesInstanceUID or the end of it.
-        follow_links: read files behind links that leave the folder, see :func:`~medsr.io.cases.list_folder`.
+        follow_links: read files behind links that leave the folder, see :func:`~medsr.io.links.refuse_leaving_link`.
 
     Raises:
         SettingError: if ``series_uid`` is no text.
@@ -236,7 +237,6 @@ def _scan(folder: Path, *, follow_links: bool | None) -> tuple[list[_Image], lis
         raise DataError(f"{name}: no such folder")
     if not folder.is_dir():
         raise DataError(f"{name}: not a folder; a DICOM series is given by its folder")
-    root = folder.resolve()
     images: list[_Image] = []
     skipped = others = 0
     try:
@@ -252,11 +252,7 @@ def _scan(folder: Path, *, follow_links: bool | None) -> tuple[list[_Image], lis
         if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
             skipped += 1
             continue
-        if not follow_links and path.is_symlink() and root not in path.resolve().parents:
-            raise DataError(
-                f"{path.name}: a link that leaves the folder {name}; put a copy there instead"
-                + ("" if follow_links is None else ", or set follow_links to true")
-            )
+        refuse_leaving_link(path, follow_links=follow_links, instead="put a copy there instead")
         preamble = _looks_like_dicom(path)
         if preamble is None:
             skipped += 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
-from medsr.geometry import rescaled_size, slice_positions
+from medsr.geometry import thin_positions
 from medsr.networks.plane_prior import PlanePrior
 from medsr.networks.position_readout import slabs_and_conditions
 
@@ -133,7 +133,7 @@ class JoinedPlanes(nn.Module):
         """Super-resolve a stack; arguments as :meth:`medsr.networks.slice_sr.SliceSRNet.forward`."""
         scale = self.scale if scale is None else float(scale)
         if positions is None:
-            positions = slice_positions(image.shape[-1], rescaled_size(image.shape[-1], scale), scale)
+            positions = thin_positions(image.shape[-1], scale)
         return estimate_from_planes(
             self.prior, self.fusion, image, scale=scale, thickness=thickness, positions=positions
         )

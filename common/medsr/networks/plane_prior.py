@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
-from medsr.geometry import rescaled_size, slice_positions
+from medsr.geometry import thin_positions
 from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
 from medsr.resampling import interpolation_matrix
 
@@ -105,7 +105,7 @@ class PlanePrior(nn.Module):
         scale = self.scale if scale is None else float(scale)
         depth = image.shape[-1]
         if positions is None:
-            positions = slice_positions(depth, rescaled_size(depth, scale), scale)
+            positions = thin_positions(depth, scale)
         positions = np.asarray(positions, dtype=np.float64)
         slabs, conditions = slabs_and_conditions(positions, depth, scale=scale, thickness=float(thickness))
         weights, bias = self.readout(conditions.to(image.device))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
-from medsr.geometry import rescaled_size, slice_positions
+from medsr.geometry import thin_positions
 from medsr.networks.checkpoints import load_checkpoint, rename_tensors
 from medsr.networks.plane_fusion import PlaneFusion, estimate_from_planes
 from medsr.networks.plane_prior import PlanePrior, interpolated
@@ -172,7 +172,7 @@ class SliceSRNet(nn.Module):
         scale = self.scale if scale is None else float(scale)
         depth = image.shape[-1]
         if positions is None:
-            positions = slice_positions(depth, rescaled_size(depth, scale), scale)
+            positions = thin_positions(depth, scale)
         estimate = self.first_estimate(image, scale, thickness, positions=positions)
         return self.refine(estimate, image, scale=scale, thickness=thickness, positions=positions)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
-from medsr.geometry import rescaled_size, slice_positions
+from medsr.geometry import thin_positions
 from medsr.resampling import interpolation_matrix
 from medsr.settings import as_whole
 
@@ -251,7 +251,7 @@ class ThickSegmentationNet(nn.Module):
         depth = features.shape[-1]
         scale = self.scale if scale is None else float(scale)
         if positions is None:
-            positions = slice_positions(depth, rescaled_size(depth, scale), scale)
+            positions = thin_positions(depth, scale)
         matrix = interpolation_matrix(depth, positions, kind="linear")
         rows = torch.as_tensor(matrix, dtype=torch.float32, device=features.device)
         count = len(rows)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medsr.errors import SettingError
-from medsr.geometry import rescaled_size, slice_positions
+from medsr.geometry import thin_positions
 from medsr.resampling import interpolation_matrix
 
 __all__ = ["PlaneSRNet"]
@@ -87,7 +87,7 @@ class PlaneSRNet(nn.Module):
         """Super-resolve planes; ``scale`` and ``thickness`` are fixed by training and accepted for a common call."""
         size = image.shape[-1]
         if positions is None:
-            positions = slice_positions(size, rescaled_size(size, self.scale), self.scale)
+            positions = thin_positions(size, self.scale)
         features = self.head(image)
         for block in self.blocks:
             features = features + block(features)

@@ -23,9 +23,8 @@ from medsr.errors import DataError, SettingError
 from medsr.geometry import (
     RATIO_LIMIT,
     rescaled_affine,
-    rescaled_size,
-    slice_positions,
     spacing_of,
+    thin_positions,
     through_plane_ratio,
 )
 from medsr.resampling import interpolation_matrix, resample_last_axis
@@ -103,7 +102,7 @@ def signed_distance_interpolation(
     classes = _class_map(values)
     size = classes.shape[-1]
     if positions is None:
-        positions = slice_positions(size, rescaled_size(size, ratio), ratio)
+        positions = thin_positions(size, ratio)
     matrix = interpolation_matrix(size, positions, kind=kind)
 
     found = np.zeros((*classes.shape[:-1], len(matrix)), dtype=classes.dtype)
