@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,8 @@ from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
 from medsr.transforms.frame_labels import GreysToClassesd, LoadMaskd, SameSized
 
 __all__ = ["FRAME_PROTOCOL", "SHARP", "FrameComparison", "frame_table", "with_facts"]
+
+_log = logging.getLogger(__name__)
 
 FRAME_PROTOCOL = (
     "frames-v1: class of the largest probability, against the mask on the pixels of the file; pixels to ignore left "
@@ -111,6 +114,16 @@ class FrameComparison(CaseComparison):
                 GreysToClassesd("label", self.classes, ignore),
             ]
         )
+
+    def run(self) -> list[dict[str, Any]]:
+        """Compare, log and write the table; say so if no mask holds anything to find; return its rows."""
+        rows = super().run()
+        if rows and not any(counts["target"] for row in rows for counts in row["classes"].values()):
+            _log.warning(
+                "none of the masks has a class other than %s: there is nothing to score; check classes and ignore",
+                next(iter(self.classes)),
+            )
+        return rows
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
         item = self._load(dict(case))

@@ -145,14 +145,14 @@ class GreysToClassesd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         classes = {
-            name: as_whole_list(f"label_map: {name}", ensure_tuple(values), 0)
+            name: as_whole_list(f"classes: {name}", ensure_tuple(values), 0)
             for name, values in label_map.items()
         }
         ignored = as_whole_list("ignore", ensure_tuple(ignore), 0)
         values = [value for listed in (*classes.values(), ignored) for value in listed]
         if not 2 <= len(classes) <= IGNORED or not all(classes.values()) or len(set(values)) < len(values):
             raise SettingError(
-                f"label_map must give two classes or more their own grey values, got {classes} and {ignored} to ignore"
+                f"classes must give two classes or more their own grey values, got {classes} and {ignored} to ignore"
             )
         self.listed = "; ".join(f"{name} {values}" for name, values in classes.items())
         indices = {value: index for index, listed in enumerate(classes.values()) for value in listed}
@@ -173,7 +173,7 @@ class GreysToClassesd(MapTransform):
             if len(foreign):
                 raise DataError(
                     f"{loaded_name(mask, key)}: grey value {foreign.min().item()} belongs to no class of "
-                    f"{self.listed}; add it to label_map or to the values to ignore"
+                    f"{self.listed}; add it to classes or to ignore"
                 )
             found = self.indices[place]
             self._warn_of_nothing(loaded_name(mask, key), found)

@@ -125,6 +125,18 @@ def test_what_cannot_be_scored_is_left_out(folder, caplog):
         comparison.finish()
 
 
+def test_masks_without_anything_to_find_are_pointed_out_and_never_perfect(folder, caplog):
+    for path in (folder / "labels").iterdir():
+        Image.new("L", SIZE[::-1], 255 if path.stem == "b-1" else 0).save(path)
+    comparison = FrameComparison(
+        find_labelled_frames(folder), {"none": Bright(2)}, classes=CLASSES, ignore=[255], inferer=INFERER
+    )
+    comparison.run()
+    assert "every pixel of the truth is to be ignored" in comparison.left_out["b-1"]
+    assert "1.000" not in comparison._table()
+    assert "check classes and ignore" in caplog.text
+
+
 def test_settings_that_do_not_fit_are_refused():
     parts = {"background": [0], "shaft": [10], "wrist": [20]}
     with pytest.raises(SettingError, match="'n' gives 1 logits per pixel, 3 classes need 3"):

@@ -86,7 +86,6 @@ def test_mean_over_classes_is_not_mean_over_frames():
 
 def test_what_no_frame_has_is_none():
     found = summary([NOTHING])
-    assert found["iou_present"] == 1
     undefined = {name for name, value in found.items() if value is None}
     assert undefined >= {"challenge_iou", "challenge_iou_std_over_frames", "isi_iou"}
     assert undefined >= {"mean_class_iou", "pooled_iou"}
@@ -162,7 +161,7 @@ def test_folds_weigh_the_same():
 def test_a_fold_without_a_score_is_left_out():
     found = over_folds([summary([HALF]), summary([NOTHING])])
     assert (found["challenge_iou"], found["challenge_iou_std_over_folds"]) == (0.5, 0)
-    assert found["iou_present"] == pytest.approx(0.75)
+    assert (found["iou_present"], found["iou_present_std_over_folds"]) == (0.5, 0)
     empty = over_folds([summary([NOTHING])])
     assert (empty["challenge_iou"], empty["challenge_iou_std_over_folds"]) == (None, None)
 
@@ -208,3 +207,21 @@ def test_what_cannot_be_summarised_is_refused():
         given = items if function is summary else [summary(one) for one in items]
         with pytest.raises(DataError, match=f"a {what} has the classes"):
             function(given)
+
+
+def test_where_no_truth_has_a_class_there_is_no_score_of_overlap():
+    nothing = np.zeros((4, 4), int)
+    assert frame_scores(nothing, nothing, ["background", "instrument"])["iou_present"] == 1
+    found = summary([frame_scores(nothing, nothing, ["background", "instrument"])] * 2)
+    for score in ("iou_present", "dice_present"):
+        assert found[score] is found[f"{score}_std_over_frames"] is None
+
+
+def test_a_frame_that_may_be_empty_only_because_pixels_are_ignored_has_no_score():
+    truth = np.zeros((4, 4), int)
+    truth[0] = 255
+    scores = frame_scores(np.zeros((4, 4), int), truth, ["background", "instrument"])
+    assert scores["iou_present"] is scores["dice_present"] is None
+    full = np.ones((4, 4), int)
+    found = summary([scores, frame_scores(full, full, ["background", "instrument"])])
+    assert (found["iou_present"], found["frames"]) == (1, 2)
