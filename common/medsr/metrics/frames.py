@@ -61,8 +61,8 @@ def frame_scores(pred: Mask, target: Mask, classes: Iterable[str], *, ignore: in
 
     Returns:
         the scores of a single frame by name, see the head of this module; None where a protocol leaves the frame
-        out, or it cannot be judged. ``classes`` holds for each class but the background the pixels in ``intersection``, ``pred`` and
-        ``target``. JSON can hold it all.
+        out, or it cannot be judged. ``classes`` holds for each class but the background the pixels in
+        ``intersection``, ``pred`` and ``target``. JSON can hold it all.
 
     Raises:
         DataError: if the sizes differ, a value is no class index, or every pixel is to be ignored.
