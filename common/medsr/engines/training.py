@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from monai.bundle import ReferenceResolver
 from torch import Tensor, nn
 
 from medsr.engines.runner import one_line_errors
-from medsr.errors import DataError, WeightsError
+from medsr.errors import DataError, SettingError, WeightsError
 from medsr.io.cases import find_cases
 from medsr.io.dicom import is_dicom_series
 from medsr.io.stereo import find_stereo_cases
@@ -25,6 +28,7 @@ __all__ = [
     "end_process_group",
     "pair_items",
     "rank",
+    "resolved_config",
     "seed_everything",
     "start_from",
     "start_process_group",
@@ -47,6 +51,29 @@ def seed_everything(seed: int) -> int:
     np.random.seed(seed)  # noqa: NPY002 - MONAI's random transforms draw from the legacy generator
     torch.manual_seed(seed)
     return seed
+
+
+def resolved_config() -> Mapping[str, Any]:
+    """What MONAI has made of the config so far, by id; to be called in an expression of that config.
+
+    The mapping grows while the config is resolved. When a trainer calls its handlers, it holds whatever the trainer was
+    made of, however the config was run and changed: a list of settings in each config would miss the next one.
+
+    Raises:
+        SettingError: if it is not called by a config.
+
+    Example:
+        >>> resolved_config()
+        Traceback (most recent call last):
+        medsr.errors.SettingError: resolved_config() belongs into an expression of a config
+    """
+    caller = inspect.currentframe()
+    names = caller.f_back.f_globals if caller and caller.f_back else {}
+    # MONAI replaces a reference in an expression by a look-up in this mapping.
+    if ReferenceResolver._vars not in names:
+        raise SettingError("resolved_config() belongs into an expression of a config")
+    found: Mapping[str, Any] = names[ReferenceResolver._vars]
+    return found
 
 
 def training_items(

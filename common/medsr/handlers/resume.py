@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -32,6 +33,9 @@ __all__ = ["TrainingState"]
 _log = logging.getLogger(__name__)
 
 _CONTENT = {"settings", "trainer", "parts", "random"}
+_MAY_CHANGE = {"cached", "device", "iterations", "minutes", "resume", "workers"}
+"""Settings that change how fast a training runs, and how long."""
+
 _ADVICE = "give the same settings, or leave out --resume to start anew"
 _Drawer = np.random.RandomState | np.random.Generator
 
@@ -59,13 +63,16 @@ class TrainingState:
 
     Args:
         path: file to write; removed when the training has ended.
-        settings: plain values that must be the same again.
-        schedule: knows what is spent of the budget; the budget must be the same, too.
+        settings: plain values that must be the same again; of a file its content must be.
+        schedule: knows what is spent of the budget. With another budget the learning rate follows that one from here.
         average: of the weights.
         record: its history goes on.
         resume: go on with the state in ``path``; a word is taken as well, because MONAI's command line hands on
             ``true`` as it was typed.
         minutes: time between two savings.
+        config: more of such settings, among whatever else a config was made into, see
+            :func:`~medsr.engines.training.resolved_config`. Names of components, folders, and what changes how fast a
+            training runs and how long, but not how, are passed over.
 
     Raises:
         SettingError: before the first step, if there is no state, it was made with other settings or images, for
@@ -91,11 +98,13 @@ class TrainingState:
         record: RunRecord,
         resume: bool | str = False,
         minutes: float = 2.0,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         if str(resume).lower() not in ("true", "false"):
             raise SettingError(f"resume must be true or false, got {resume!r}")
         self.path, self.resume, self.minutes = Path(path), str(resume).lower() == "true", float(minutes)
         self.settings, self.schedule, self.average, self.record = settings, schedule, average, record
+        self.config: Mapping[str, Any] = {} if config is None else config
         self._found: dict[str, Any] = {}
         self._order = torch.get_rng_state()
         self._saved_at = 0.0
@@ -139,12 +148,10 @@ class TrainingState:
         self.path.unlink(missing_ok=True)
 
     def _all_settings(self, engine: Engine) -> dict[str, Any]:
-        schedule = self.schedule
+        given = {**self.settings, **{key: value for key, value in self.config.items() if _is_plain(value)}}
         settings = {
-            **self.settings,
-            "iterations": schedule.iterations,
-            "minutes": schedule.minutes,
-            "learning_rate": schedule.learning_rate,
+            **{key: _content(value) for key, value in given.items() if not _may_change(key)},
+            "learning_rate": self.schedule.learning_rate,
             "number of images": len(engine.data_loader.dataset),
         }
         # As they will be read again.
@@ -205,10 +212,13 @@ class TrainingState:
         if not isinstance(found, dict) or set(found) != _CONTENT:
             raise WeightsError(f"{name}: not the state of a training; start from --initial_weights")
         then, now = found["settings"], self.settings
-        for key in sorted({*then, *now}):
-            if then.get(key) != now.get(key):
-                old, new = reprlib.repr(then.get(key)), reprlib.repr(now.get(key))
-                raise SettingError(f"{name}: was made with {key} {old}, not {new}; {_ADVICE}")
+        changed = [
+            f"{key} {reprlib.repr(then.get(key))}, not {reprlib.repr(now.get(key))}"
+            for key in sorted({*then, *now})
+            if then.get(key) != now.get(key)
+        ]
+        if changed:
+            raise SettingError(f"{name}: was made with {'; '.join(changed)}; {_ADVICE}")
         if _shapes(found["parts"]["average"]) != _shapes(self.average.ema_model.state_dict()):
             raise SettingError(f"{name}: was made for another network; {_ADVICE}")
         return dict(found)
@@ -223,7 +233,9 @@ class TrainingState:
                 f"{self.path.name}: was made by another trainer ({reason}); {_ADVICE}"
             ) from None
         trainer, draws = found["trainer"], found["random"]
-        engine.load_state_dict({key: value for key, value in trainer.items() if key != "averaged"})
+        position = {key: value for key, value in trainer.items() if key != "averaged"}
+        # The number of iterations may have changed.
+        engine.load_state_dict({**position, "epoch_length": engine.state.epoch_length})
         warm_up = getattr(self.average, "momentum_scheduler", None)
         if warm_up:
             warm_up.event_index = trainer["averaged"]
@@ -273,6 +285,28 @@ class _RemainingBatches(BatchSampler):
 
     def __len__(self) -> int:
         return len(self.batches) - self.done
+
+
+def _may_change(key: str) -> bool:
+    # What a config names below its top level, as "train::average", is a component.
+    return key in _MAY_CHANGE or key.endswith(("_dir", "_root")) or "::" in key
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _content(value: Any) -> Any:
+    """A setting with what a file holds in place of its name: a copy elsewhere is the same, another file is not."""
+    if isinstance(value, Mapping):
+        return {key: _content(one) for key, one in value.items()}
+    if isinstance(value, str) and value and Path(value).is_file():
+        return f"SHA-256 {hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]}"
+    return value
 
 
 def _is_frozen(part: object) -> bool:

@@ -20,6 +20,7 @@ from medsr.networks.plane_fusion import JoinedPlanes
 from medsr.networks.segsrnet import SEGSRNet
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.networks.spp_linknet import SPPLinkNet
+from monai.bundle import ConfigParser
 
 
 @pytest.fixture
@@ -293,3 +294,16 @@ def test_a_training_view_without_partner_ends_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         pair_items("")
     assert "set --dataset_dir" in capsys.readouterr().err
+
+
+def test_a_config_gives_what_it_was_made_into(tmp_path):
+    config = {
+        "imports": ["$import medsr.engines.training as training"],
+        "zoom": [0.5, 2],
+        "double": "$2 * @zoom[1]",
+        "unused": 1,
+        "part": {"_target_": "dict", "config": "$training.resolved_config()", "double": "@double"},
+    }
+    found = ConfigParser(config).get_parsed_content("part")["config"]
+    assert (found["zoom"], found["double"]) == ([0.5, 2], 4)
+    assert "unused" not in found

@@ -77,6 +77,7 @@ class Trial:
         *,
         features: int = 3,
         images: int = 4,
+        batches: int = TOTAL,
         weighted: bool = False,
         resume: bool | str = False,
         save_minutes: float = 0.0,
@@ -85,6 +86,7 @@ class Trial:
         event: Events = Events.ITERATION_COMPLETED,
         accumulation: int = 1,
         budget: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         torch.manual_seed(0)
@@ -111,9 +113,9 @@ class Trial:
         )
         dataset = CacheDataset(data, transform, progress=False)
         sampler = (
-            torch.utils.data.WeightedRandomSampler([1.0] * (images - 1) + [3.0], 2 * TOTAL)
+            torch.utils.data.WeightedRandomSampler([1.0] * (images - 1) + [3.0], 2 * batches)
             if weighted
-            else torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=2 * TOTAL)
+            else torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=2 * batches)
         )
         schedule = BudgetSchedule(optimizer, 0.01, **{"iterations": TOTAL, **(budget or {})})
         average = EMAHandler(
@@ -129,6 +131,7 @@ class Trial:
             record=record,
             resume=resume,
             minutes=save_minutes,
+            config=config,
         )
         self.trainer = SupervisedTrainer(
             device=torch.device("cpu"),
@@ -349,14 +352,53 @@ def refusal(folder: Path, error: type[MedsrError] = SettingError, **settings: An
         ({"range": (1, 3)}, "was made with range [1, 2], not [1, 3]"),
         ({"another": "x"}, "was made with another None, not 'x'"),
         ({"images": 5}, "was made with number of images 4, not 5"),
-        ({"budget": {"iterations": 7}}, "was made with iterations 8, not 7"),
-        ({"budget": {"minutes": 7}}, "was made with minutes None, not 7"),
+        ({"seed": 1, "range": 2}, "was made with range [1, 2], not 2; seed 0, not 1; give the same settings"),
         ({"features": 4}, "was made for another network"),
     ],
 )
 def test_a_state_of_another_training_is_refused(tmp_path, settings, words):
     interrupted(tmp_path, stop=3)
     assert words in refusal(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("iterations", "end"), [(12, 12), (7, 7), (3, 5)])
+def test_the_budget_may_be_another(tmp_path, iterations, end, weighted):
+    interrupted(tmp_path, weighted=weighted)
+    budget = {"iterations": iterations, "minutes": 500}
+    resumed = Trial(tmp_path, weighted=weighted, resume=True, batches=iterations, budget=budget).run()
+    assert resumed.trainer.state.iteration == end
+    assert not resumed.state.path.exists()
+
+
+def test_plain_settings_of_a_config_must_be_the_same_and_components_are_passed_over(tmp_path):
+    config = {"zoom": [0.7, 1.4], "classes": {"a": [0]}, "network": nn.Linear(1, 1), "train::items": [1]}
+    may_change = {"output_dir": "a", "workers": 0, "minutes": None, "cached": 5, "device": "cpu"}
+    interrupted(tmp_path, stop=3, config={**config, **may_change})
+    said = refusal(tmp_path, config={**config, "zoom": 0, "classes": {"a": [1]}})
+    assert "was made with classes {'a': [0]}, not {'a': [1]}; zoom [0.7, 1.4], not 0;" in said
+    others = {
+        "output_dir": "b",
+        "workers": 2,
+        "minutes": 5,
+        "cached": 0,
+        "device": "cuda",
+        "train::items": [2],
+    }
+    resumed = Trial(tmp_path, resume=True, config={**config, **others}).run()
+    assert resumed.trainer.state.iteration == TOTAL
+
+
+def test_weights_are_known_by_their_content(tmp_path):
+    files = [tmp_path / name for name in ("a.pt", "copy.pt", "b.pt")]
+    for file, content in zip(files, (b"same", b"same", b"other"), strict=True):
+        file.write_bytes(content)
+    run = tmp_path / "run"
+    interrupted(run, stop=3, config={"initial_weights": str(files[0])})
+    assert "initial_weights 'SHA-256 0967115f2813a354', not" in refusal(
+        run, config={"initial_weights": str(files[2])}
+    )
+    Trial(run, resume=True, config={"initial_weights": str(files[1])}).run()
 
 
 def change(folder: Path, part: str) -> None:
