@@ -7,6 +7,7 @@ adds short names, a check of every setting before anything is loaded, and errors
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import logging
 import os
@@ -46,6 +47,9 @@ _CONVERTERS = {
 
 # Where the function is that makes a labelled folder of such a data set.
 _DATA_SETS = {"endovis17": ("medsr.io.endovis17", "prepare_endovis17")}
+
+_REFERENCE = re.compile(r"@(\w+)")
+_GPU = "a GPU if there is one, else cpu"
 
 # MONAI's own command line wants these, and as text they would all count as true.
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
@@ -180,8 +184,8 @@ def _info(arguments: argparse.Namespace) -> None:
         for name, port in formats.get(side, {}).items():
             print(f"\n{side[:-1]} {name}: {_port(port)}", end="")
     print("\n\nsettings (change with --set KEY=VALUE):")
-    for key, value in _plain_settings(catalog.read_settings(root)):
-        print(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
+    for key, value in _plain_settings(catalog.read_settings(root), root):
+        print(f"  {key} = {value}")
     configs = sorted(path.name for path in (root / "configs").glob("*.json") if path.name != "metadata.json")
     print(f"configs: {', '.join(configs)}\nfolder: {root}")
 
@@ -412,11 +416,58 @@ def _port(port: object) -> str:
     return f"{port.get('type', '')} ({port.get('format', '')}), {channels} channel(s), {shape}"
 
 
-def _plain_settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a user would change: top-level numbers, words and short lists, not components."""
+def _plain_settings(settings: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str]]:
+    """What a user would change, and its default in words: top-level numbers, words and short lists, not components."""
     for key, value in settings.items():
-        if key.startswith("_") or key in ("imports", "run", "bundle_root") or isinstance(value, dict):
+        if key.startswith("_") or key in ("imports", "run", "bundle_root"):
+            continue
+        if isinstance(value, dict) and (
+            "_target_" in value or any(isinstance(one, dict) for one in value.values())
+        ):
             continue
         if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
             continue
-        yield key, value
+        if isinstance(value, str) and value.startswith(("$", "@")):
+            value = _computed(value, settings, root)
+            if value is None:
+                # A component, or what only the run knows.
+                continue
+        elif isinstance(value, (list, dict)) and any(mark in json.dumps(value) for mark in ('"$', '"@')):
+            continue
+        yield key, _GPU if value == _GPU else json.dumps(value, ensure_ascii=False)
+
+
+def _computed(expression: str, settings: Mapping[str, Any], root: Path) -> str | None:
+    """The text that an expression of a config stands for: texts and settings that are joined, or a device."""
+    if "cuda.is_available()" in expression:
+        return _GPU
+    plain = _REFERENCE.sub(r"_settings_('\1')", expression.removeprefix("$").strip())
+    try:
+        return _joined(ast.parse(plain, mode="eval").body, settings, root)
+    except (SyntaxError, MedsrError):
+        return None
+
+
+def _joined(node: ast.expr, settings: Mapping[str, Any], root: Path) -> str | None:
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [_joined(side, settings, root) for side in (node.left, node.right)]
+        return None if None in parts else "".join(map(str, parts))
+    if not isinstance(node, ast.Call) or len(node.args) != 1:
+        return None
+    argument, function = node.args[0], ast.unparse(node.func)
+    if function == "str":
+        return _joined(argument, settings, root)
+    if not isinstance(argument, ast.Constant):
+        return None
+    if function == "catalog.bundle_root":
+        return str(catalog.bundle_root(argument.value))
+    if function != "_settings_":
+        return None
+    if argument.value == "bundle_root":
+        return str(root)
+    value = settings.get(argument.value)
+    if isinstance(value, str) and value.startswith(("$", "@")):
+        return _computed(value, settings, root)
+    return str(value) if isinstance(value, (str, int, float)) else None

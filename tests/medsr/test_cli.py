@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from medsr import cli
+from medsr import catalog, cli
 from medsr.errors import GeometryError, WeightsError
 
 RECORD = "$pathlib.Path(@output_file).write_text(json.dumps([@dataset_dir, @output_dir, @level, @bundle_root, @word]))"
@@ -104,6 +104,20 @@ def test_info_shows_what_can_be_set(folder: Path, capsys: pytest.CaptureFixture[
     assert "configs: inference.json, overlay.json" in shown
     for hidden in ("network_def", "run =", "_desc_", "bundle_root"):
         assert hidden not in shown
+
+
+@pytest.mark.parametrize("info", catalog.list_bundles(), ids=lambda info: info.name)
+def test_info_shows_defaults_that_a_person_can_read(
+    info: catalog.BundleInfo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["info", info.name]) == 0
+    shown = capsys.readouterr().out
+    assert "$" not in shown
+    assert "@" not in shown
+    assert f'output_dir = "{info.root}/eval"' in shown
+    assert f'weights = "{info.root}/models/' in shown
+    assert "device = a GPU if there is one, else cpu" in shown
+    assert "network =" not in shown
 
 
 def test_a_misspelt_bundle_gets_a_suggestion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
