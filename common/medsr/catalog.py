@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medsr.errors import SettingError, WeightsError
-from medsr.settings import as_number, as_whole
+from medsr.settings import as_number, as_numbers, as_whole
 
 __all__ = [
     "BundleInfo",
@@ -67,12 +67,14 @@ _SMALLEST = {
     "iterations": 1,
     "scale": 1,
     "seed": 0,
+    "study_scale": 1,
     "warm_up": 0,
     "workers": 0,
 }
-_ABOVE_ZERO = ("average_momentum", "learning_rate")
+_ABOVE_ZERO = ("average_momentum", "learning_rate", "zoom")
 _NUMBERS = ("_weight", "minutes")
 
+_WEIGHTS = "names with weight files, such as {'name': 'model.pt'}"
 _NAMES = "names with values, such as {'name': 'value'}"
 
 # How the description of an overlay begins, and what it names before its first colon.
@@ -219,7 +221,8 @@ def refuse_unclear(given: Mapping[str, object], config_files: Sequence[str | Pat
     Any word and any number but 0 counts as true: ``--set overwrite=no`` would overwrite. A word for a number, or a
     number for a path, fails somewhere in PyTorch, which knows no setting; so does a number out of range that goes
     straight to PyTorch or MONAI. Expressions pass, and so do, as a rule, null, lists and numbers for a number or a
-    list: our components say themselves what they take.
+    list: our components say themselves what they take. A list whose elements the config itself takes one by one keeps
+    their number.
 
     Args:
         given: values by id.
@@ -229,12 +232,15 @@ def refuse_unclear(given: Mapping[str, object], config_files: Sequence[str | Pat
         SettingError: naming the first such setting.
     """
     merged = _merged(config_files)
+    text = json.dumps(merged)
     for name, value in given.items():
         default = _item(merged, _path_of(name))
         is_nothing = value == _NOTHING
         if _is_expression(value) and not is_nothing:
             continue
         wanted = _never_nothing(name, default) if is_nothing else _other_kind(name, default, value)
+        if not wanted and isinstance(default, list) and f"@{name}[" in text:
+            wanted = _other_length(default, value)
         if wanted:
             raise SettingError(f"{name} must be {wanted}, got {value!r}")
         _refuse_out_of_range(name, default, None if is_nothing else value)
@@ -505,12 +511,21 @@ def _other_kind(name: str, default: object, value: object) -> str:
         right = isinstance(value, (list, dict)) or (may_be_number and isinstance(value, (int, float)))
         return "" if right else f"a list, such as {json.dumps(default)}"
     if isinstance(default, dict):
-        return "" if isinstance(value, (dict, list)) else _NAMES
+        if not isinstance(value, dict):
+            return _NAMES
+        is_weights = name == "compare" or name.endswith("weights")
+        return _WEIGHTS if is_weights and not all(isinstance(path, str) for path in value.values()) else ""
     if name.endswith(_PATH_SETTINGS):
         if name == "dataset_dir" and isinstance(value, list):
             return "" if all(isinstance(path, str) for path in value) else "a list of paths"
         return "" if isinstance(value, str) else "a path"
     return ""
+
+
+def _other_length(default: Sequence[object], value: object) -> str:
+    """What a list whose elements are taken one by one must be instead, '' if the value has as many."""
+    right = isinstance(value, list) and len(value) == len(default)
+    return "" if right else f"a list of {len(default)}, such as {json.dumps(default)}"
 
 
 def _never_nothing(name: str, default: object) -> str:
@@ -528,6 +543,8 @@ def _refuse_out_of_range(name: str, default: object, value: object) -> None:
     if name in _SMALLEST:
         for one in value if isinstance(default, list) and isinstance(value, list) else [value]:
             as_whole(name, one, _SMALLEST[name])
+    elif name in _ABOVE_ZERO and isinstance(default, list):
+        as_numbers(name, value, above=0)
     elif name in _ABOVE_ZERO:
         as_number(name, value, above=0)
     elif name.endswith(_NUMBERS):

@@ -11,7 +11,7 @@ from numbers import Real
 
 from medsr.errors import SettingError
 
-__all__ = ["as_flag", "as_number", "as_whole", "as_whole_list", "as_wholes"]
+__all__ = ["as_flag", "as_number", "as_numbers", "as_whole", "as_whole_list", "as_wholes"]
 
 _WORDS = {"true": True, "false": False}
 
@@ -131,6 +131,35 @@ def as_number(name: str, value: object, *, above: float | None = None) -> float:
         bound = "" if above is None else f" > {above:g}"
         raise SettingError(f"{name} must be a number{bound}, got {value!r}")
     return float(value)
+
+
+def as_numbers(name: str, value: object, *, above: float | None = None) -> list[float]:
+    """Return a setting that is a list of numbers, or one number as a list; refuse what :func:`as_number` refuses.
+
+    Args:
+        name: the setting's name, for the message; it ends in the unit where there is one.
+        value: what was given.
+        above: each must be larger.
+
+    Raises:
+        SettingError: if it is no such list, or an empty one.
+
+    Example:
+        >>> as_numbers("ratios", [4, 5.5]), as_numbers("ratios", 4)
+        ([4.0, 5.5], [4.0])
+        >>> as_numbers("ratios", [], above=0)
+        Traceback (most recent call last):
+        medsr.errors.SettingError: ratios must be a list of numbers > 0, got []
+    """
+    numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    try:
+        found = [as_number(name, one, above=above) for one in numbers]
+    except SettingError:
+        found = []
+    if not found:
+        bound = "" if above is None else f" > {above:g}"
+        raise SettingError(f"{name} must be a list of numbers{bound}, got {value!r}")
+    return found
 
 
 def _is_whole(value: object, at_least: int | None) -> bool:

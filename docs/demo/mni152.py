@@ -66,7 +66,7 @@ def main() -> None:
         grid = on_reference_grid(
             values[None], affine, reference_affine=np.asarray(thin.affine), size=truth.shape[2]
         )[0]
-        print(f"  {name:20s} {metrics.psnr(grid, truth, data_range=high - low, mask=mask):6.2f} dB")
+        print(f"  {name:20s} {metrics.psnr_3d(grid, truth, data_range=high - low, mask=mask):6.2f} dB")
     print_files(OUTPUT, RESULTS)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from medsr.errors import GeometryError, SettingError
 from medsr.geometry import rescaled_affine, spacing_of
-from medsr.metrics import head_mask, psnr
+from medsr.metrics import head_mask, psnr_3d
 from medsr.phantoms import head, ramp, sphere
 
 
@@ -49,7 +49,7 @@ def test_head_is_the_same_anatomy_at_every_size(volume):
 def test_head_loses_detail_in_thick_slices(volume):
     # Otherwise super-resolution had nothing to do: 4-mm slabs must cost as much as on a real head.
     slabs = volume.reshape(48, 48, 12, 4).mean(axis=-1).repeat(4, axis=-1)
-    assert 12 < psnr(slabs, volume, data_range=1000, mask=head_mask(volume)) < 24
+    assert 12 < psnr_3d(slabs, volume, data_range=1000, mask=head_mask(volume)) < 24
 
 
 def test_head_affine_is_centred():

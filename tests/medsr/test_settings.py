@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from medsr.errors import SettingError
-from medsr.settings import as_flag, as_number, as_whole, as_whole_list, as_wholes
+from medsr.settings import as_flag, as_number, as_numbers, as_whole, as_whole_list, as_wholes
 
 
 @pytest.mark.parametrize("value", [True, False])
@@ -74,3 +74,14 @@ def test_a_number_must_lie_above_the_bound() -> None:
     for value in (0, -1.0, "abc", math.nan):
         with pytest.raises(SettingError, match=r"slice_thickness_mm must be a number > 0, got"):
             as_number("slice_thickness_mm", value, above=0)
+
+
+@pytest.mark.parametrize(("value", "found"), [([1, 2.5], [1.0, 2.5]), ((3,), [3.0]), (4, [4.0])])
+def test_a_list_of_numbers_may_be_one_number(value: object, found: list[float]) -> None:
+    assert as_numbers("ratios", value, above=0) == found
+
+
+@pytest.mark.parametrize("value", [[], "four", ["four"], None, [1, 0], {"a": 1}, True])
+def test_what_is_no_list_of_numbers_is_refused(value: object) -> None:
+    with pytest.raises(SettingError, match=r"^ratios must be a list of numbers > 0, got"):
+        as_numbers("ratios", value, above=0)

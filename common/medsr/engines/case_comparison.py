@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from medsr.engines.case_evaluator import one_line
-from medsr.errors import MedsrError
+from medsr.errors import DataError, MedsrError, SettingError
 from medsr.io.writing import write_json
+from medsr.settings import as_number
+from medsr.transforms.thick_slices import ThickSliceParameters
 
-__all__ = ["CaseComparison"]
+__all__ = ["CaseComparison", "thick_parameters"]
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ class CaseComparison:
     rows (``header``).
 
     Args:
-        cases: items with the key ``case``.
+        cases: items with the key ``case``; one with the key ``error`` is known to be bad already.
         output: file of the results, JSON.
 
     Example:
@@ -46,6 +48,8 @@ class CaseComparison:
         self.rows, self.left_out, self.notes = [], {}, {}
         for case in self.cases:
             try:
+                if "error" in case:
+                    raise DataError(case["error"])
                 self.rows += self._compare(case)
             except Exception as error:
                 self.left_out[case["case"]] = one_line(error)
@@ -70,3 +74,37 @@ class CaseComparison:
     def _table(self) -> str:
         """All rows, for people."""
         raise NotImplementedError
+
+
+def thick_parameters(
+    ratio: float,
+    gap: float,
+    profile: str | tuple[float, ...],
+    *,
+    name: str = "ratio",
+    gap_name: str = "gap",
+) -> ThickSliceParameters:
+    """The acquisition of thick slices that a comparison simulates.
+
+    Args:
+        ratio: slice spacing, in voxels.
+        gap: gap between slices, in voxels; thickness = ratio - gap.
+        profile: slice profile.
+        name: the setting that holds the ratio, for the message.
+        gap_name: the setting that holds the gap.
+
+    Raises:
+        SettingError: if there are no such slices.
+
+    Example:
+        >>> thick_parameters(4, 1, "slr").thickness
+        0.75
+        >>> thick_parameters(4, 5, "slr")
+        Traceback (most recent call last):
+        medsr.errors.SettingError: ratio 4 with gap 5: the relative slice thickness must be > 0, got -0.25
+    """
+    ratio, gap = as_number(name, ratio, above=0), as_number(gap_name, gap)
+    try:
+        return ThickSliceParameters(ratio, (ratio - gap) / ratio, profile)
+    except SettingError as error:
+        raise SettingError(f"{name} {ratio:g} with {gap_name} {gap:g}: {error}") from None

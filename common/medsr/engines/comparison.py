@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from medsr import metrics
 from medsr.engines.adaptation import AdaptingInferer
-from medsr.engines.case_comparison import CaseComparison
+from medsr.engines.case_comparison import CaseComparison, thick_parameters
 from medsr.engines.self_training import SelfTraining
+from medsr.errors import SettingError
 from medsr.geometry import rescaled_affine, spacing_of
 from medsr.inferers.planes import PlaneAverageInferer
 from medsr.inferers.volume import VolumeInferer, make_consistent
@@ -25,7 +27,7 @@ from medsr.io.cases import read_case
 from medsr.networks.layout import channels_last
 from medsr.networks.wdsr import PlaneSRNet
 from medsr.resampling import interpolation_matrix
-from medsr.settings import as_number
+from medsr.settings import as_number, as_numbers
 from medsr.transforms.intensity import PercentileToUnitd
 from medsr.transforms.orientation import permute_spatial
 from medsr.transforms.slice_profile import as_profile
@@ -41,6 +43,8 @@ PROTOCOL = (
     "by slice profile on the same field of view, slice count cut to whole slabs, results read through their affine, "
     "clipped to [0, 1], PSNR with data range 1 in the mask reference > 0.02"
 )
+
+_AXES = ("SI", "AP", "LR")
 
 _PROJECTED = ("cubic", "smore-like")
 """Baselines that are also made consistent with the measured slices, as the network's result is: what the projection
@@ -71,6 +75,9 @@ class ThroughPlaneComparison(CaseComparison):
         output: file of the results, JSON.
         device: where to compute.
 
+    Raises:
+        SettingError: if ratio, gap, profile or axis cannot be simulated.
+
     Example:
         >>> ThroughPlaneComparison([], None).run()
         []
@@ -98,9 +105,14 @@ class ThroughPlaneComparison(CaseComparison):
         super().__init__(cases, output)
         self.network, self.inferer = network, dict(inferer or {})
         self.consistency = as_number("consistency", self.inferer.get("consistency", 1.0))
-        self.ratios, self.gaps, self.profile = list(ratios), list(gaps), as_profile(profile)
-        self.assumed_profile = as_profile(assumed_profile or profile)
-        self.plane_minutes, self.adapt, self.axis = float(plane_minutes), adapt, axis
+        self.ratios, self.gaps = as_numbers("ratios", ratios, above=0), as_numbers("gaps", gaps)
+        self.profile, self.assumed_profile = as_profile(profile), as_profile(assumed_profile or profile)
+        for ratio, gap in product(self.ratios, self.gaps):
+            thick_parameters(ratio, gap, self.profile, name="ratios", gap_name="gaps")
+        self.plane_minutes, self.adapt = as_number("plane_minutes", plane_minutes), adapt
+        if axis not in _AXES:
+            raise SettingError(f"slice_axis must be {', '.join(_AXES[:-1])} or {_AXES[-1]}, got {axis!r}")
+        self.axis = axis
         self.device = torch.device(device)
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -110,7 +122,7 @@ class ThroughPlaneComparison(CaseComparison):
             row
             for ratio in self.ratios
             for gap in self.gaps
-            for row in self._compare_at(case["case"], volume, float(ratio), float(gap))
+            for row in self._compare_at(case["case"], volume, ratio, gap)
         ]
 
     def _table(self) -> str:
@@ -131,8 +143,7 @@ class ThroughPlaneComparison(CaseComparison):
 
     def _compare_at(self, case: str, volume: MetaTensor, ratio: float, gap: float) -> list[dict[str, Any]]:
         true, assumed = (
-            ThickSliceParameters(ratio, (ratio - gap) / ratio, profile)
-            for profile in (self.profile, self.assumed_profile)
+            thick_parameters(ratio, gap, profile) for profile in (self.profile, self.assumed_profile)
         )
         reference, thick, matrix = acquire_whole_slabs(volume, true)
         rows = []
@@ -155,8 +166,8 @@ class ThroughPlaneComparison(CaseComparison):
                 "profile": self.profile,
                 "assumed_profile": self.assumed_profile,
                 "method": method,
-                "psnr_db": metrics.psnr(image, goal, data_range=1.0, mask=mask),
-                "edge_psnr_db": metrics.psnr(image, goal, data_range=1.0, mask=edge),
+                "psnr_db": metrics.psnr_3d(image, goal, data_range=1.0, mask=mask),
+                "edge_psnr_db": metrics.psnr_3d(image, goal, data_range=1.0, mask=edge),
                 "ssim": metrics.ssim_3d(image, goal, data_range=1.0, mask=mask),
                 "data_consistency_db": metrics.data_consistency(
                     values[0], np.asarray(thick.as_tensor()[0]), np.asarray(matrix), data_range=1.0

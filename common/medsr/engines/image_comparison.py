@@ -18,6 +18,7 @@ from medsr.errors import SettingError
 from medsr.inferers.image_superres import ImageSuperResInferer
 from medsr.io.images import read_image
 from medsr.metrics.image import ImageProtocol, mean_score, psnr
+from medsr.settings import as_whole
 from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
 from medsr.transforms.field_of_view import field_of_view
 
@@ -77,7 +78,8 @@ class ImageComparison(CaseComparison):
         super().__init__(cases, output)
         refuse_other_scales(networks, scale)
         self.networks, self.scale = dict(networks), int(scale)
-        self.protocols, self.enlarge_to = list(protocols), enlarge_to
+        self.protocols = list(protocols)
+        self.enlarge_to = None if enlarge_to is None else as_whole("enlarge_to", enlarge_to, self.scale)
         self.inferer, self.device = dict(inferer or {}), torch.device(device)
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import nn
 
-from medsr.engines.case_comparison import CaseComparison
+from medsr.engines.case_comparison import CaseComparison, thick_parameters
 from medsr.errors import SettingError
 from medsr.geometry import spacing_of
 from medsr.inferers.thick_segmentation import ThickSegmentationInferer
@@ -23,7 +23,7 @@ from medsr.transforms.intensity import PercentileToUnitd
 from medsr.transforms.islands import checked_fraction, remove_islands
 from medsr.transforms.label_interpolation import signed_distance_interpolation
 from medsr.transforms.labels import ClassesToChannelsd, SameGridd, drawn_classes
-from medsr.transforms.thick_slices import ThickSliceParameters, acquire_whole_slabs
+from medsr.transforms.thick_slices import acquire_whole_slabs
 
 __all__ = ["MaskComparison", "mask_table"]
 
@@ -84,9 +84,7 @@ class MaskComparison(CaseComparison):
         super().__init__(cases, output)
         self.networks = dict(networks)
         self.classes = dict(classes or {"foreground": [1]})
-        self.parameters = ThickSliceParameters(
-            float(ratio), (float(ratio) - float(gap)) / float(ratio), profile
-        )
+        self.parameters = thick_parameters(ratio, gap, profile)
         self.min_island_fraction = checked_fraction(min_island_fraction)
         self.header = {"protocol": PROTOCOL, "min_island_fraction": self.min_island_fraction}
         self.inferer, self.device = dict(inferer or {}), torch.device(device)

@@ -82,7 +82,9 @@ class StereoComparison(CaseComparison):
         one_view = tuple(one_view or ())
         unknown = [name for name in one_view if name not in networks]
         if unknown:
-            raise SettingError(f"'{unknown[0]}' is to run with one view, but there is no such network")
+            raise SettingError(
+                f"one_view: there is no network '{unknown[0]}' to run with one view; there are {', '.join(networks)}"
+            )
         self.networks, self.one_view, self.scale = dict(networks), one_view, int(scale)
         self.inferer, self.device = dict(inferer or {}), torch.device(device)
         self.transforms = (

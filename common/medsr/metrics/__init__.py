@@ -1,7 +1,9 @@
 """Numbers that judge a volume or a mask: how close it is, and whether its uncertainty may be believed.
 
 Plain functions on whole volumes, because a reported number needs a mask, an explicit data range and float64
-sums; MONAI's metric classes (batched, float32, no mask) stay the choice for curves during training.
+sums; MONAI's metric classes (batched, float32, no mask) stay the choice for curves during training. What is here is
+of volumes; images and frames have protocols of their own, in :mod:`medsr.metrics.image`, :mod:`medsr.metrics.stereo`
+and :mod:`medsr.metrics.frames`.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from medsr.metrics.volume import (
     head_columns,
     head_mask,
     percentile_range,
-    psnr,
     ssim_3d,
 )
+from medsr.metrics.volume import psnr as psnr_3d
 
 __all__ = [
     "ause",
@@ -39,7 +41,7 @@ __all__ = [
     "head_columns",
     "head_mask",
     "percentile_range",
-    "psnr",
+    "psnr_3d",
     "reliability",
     "segmentation_scores",
     "spearman",

@@ -42,6 +42,12 @@ def test_a_bad_case_is_left_out_and_the_others_are_written(tmp_path, caplog, nam
     assert "1 of 3 words left out" in caplog.text
 
 
+def test_a_case_that_is_known_to_be_bad_is_left_out():
+    comparison = Lengths([{"case": "a.nii", "error": "a.nii and a.nii.gz have one name"}, {"case": "b"}])
+    assert [row["case"] for row in comparison.run()] == ["b"]
+    assert comparison.left_out == {"a.nii": "a.nii and a.nii.gz have one name"}
+
+
 def test_without_any_row_nothing_is_written(tmp_path):
     comparison = Lengths([{"case": "bad"}], tmp_path / "rows.json")
     assert comparison.run() == []

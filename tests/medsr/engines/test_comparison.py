@@ -243,7 +243,7 @@ def test_an_origin_that_was_not_moved_loses_decibels():
 
     def db(matrix: np.ndarray) -> float:
         values = on_reference_grid(result, matrix, reference_affine=affine, size=32)
-        return metrics.psnr(values[0], truth[0], data_range=1.0, mask=truth[0] > 0.02)
+        return metrics.psnr_3d(values[0], truth[0], data_range=1.0, mask=truth[0] > 0.02)
 
     assert np.allclose(right, affine)
     assert db(right) > db(wrong) + 1.0
@@ -286,3 +286,21 @@ def test_a_method_that_is_missing_for_a_case_leaves_its_cell_empty():
     lines = table([row("a", "cubic", 25.0), row("b", "cubic", 20.0), row("b", "network", 21.0)]).splitlines()
     assert lines[2] == "| a | 4 | 0 | 25.00 |  |"
     assert lines[-1].endswith("| +0.00 | +1.00 |")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ratios": 0}, "ratios must be a list of numbers > 0, got 0"),
+        ({"ratios": []}, r"ratios must be a list of numbers > 0, got \[\]"),
+        ({"ratios": "four"}, "ratios must be a list of numbers > 0, got 'four'"),
+        ({"ratios": [1.0]}, "ratios 1 with gaps 0: the ratio of slice spacings must be >="),
+        ({"gaps": [4]}, "ratios 4 with gaps 4: the relative slice thickness must be > 0"),
+        ({"gaps": "no"}, "gaps must be a list of numbers, got 'no'"),
+        ({"plane_minutes": "x"}, "plane_minutes must be a number, got 'x'"),
+        ({"axis": "XY"}, "slice_axis must be SI, AP or LR, got 'XY'"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_before_the_first_case(settings, said):
+    with pytest.raises(SettingError, match=f"^{said}"):
+        ThroughPlaneComparison([], None, **settings)

@@ -135,3 +135,9 @@ def test_lanczos_keeps_the_channels_apart():
     found = lanczos_resize(image, (20, 24))
     assert found.shape == (3, 20, 24)
     assert torch.allclose(found, image[:, :1, :1].expand(3, 20, 24), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, 3, 4.5, "large"])
+def test_a_size_that_cannot_be_made_small_is_refused(size):
+    with pytest.raises(SettingError, match=r"^enlarge_to must be a whole number >= 4, got"):
+        ImageComparison([], {}, scale=4, enlarge_to=size)

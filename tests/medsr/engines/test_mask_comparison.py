@@ -178,3 +178,16 @@ def test_the_mean_leaves_out_what_is_not_defined():
     assert mask_table(rows).splitlines()[-1] == "| mean | c | n | nearest | 0.500 | 2.000 |"
     with pytest.raises(SettingError, match="no rows"):
         mask_table([])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ratio": 0}, "ratio must be a number > 0, got 0"),
+        ({"gap": "x"}, "gap must be a number, got 'x'"),
+        ({"ratio": 3, "gap": 3}, "ratio 3 with gap 3: the relative slice thickness must be > 0"),
+    ],
+)
+def test_slices_that_cannot_be_simulated_are_refused(settings, said):
+    with pytest.raises(SettingError, match=f"^{said}"):
+        MaskComparison([], {}, **settings)

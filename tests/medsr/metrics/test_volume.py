@@ -13,7 +13,7 @@ from medsr.metrics import (
     head_columns,
     head_mask,
     percentile_range,
-    psnr,
+    psnr_3d,
     ssim_3d,
 )
 
@@ -38,17 +38,17 @@ def target(rng: np.random.Generator) -> np.ndarray:
 def test_psnr_of_known_noise(rng, target, noise):
     big = np.zeros((64, 64, 64))
     noisy = big + rng.normal(scale=noise, size=big.shape)
-    assert psnr(noisy, big, data_range=1.0) == pytest.approx(-20 * math.log10(noise), abs=0.05)
+    assert psnr_3d(noisy, big, data_range=1.0) == pytest.approx(-20 * math.log10(noise), abs=0.05)
 
 
 def test_psnr_of_identical_volumes_is_infinite(target):
-    assert psnr(target, target, data_range=1.0) == math.inf
+    assert psnr_3d(target, target, data_range=1.0) == math.inf
 
 
 def test_psnr_does_not_depend_on_the_unit(rng, target):
     noisy = target + rng.normal(scale=0.05, size=target.shape)
-    scaled = psnr(noisy * 800 - 300, target * 800 - 300, data_range=800)
-    assert scaled == pytest.approx(psnr(noisy, target, data_range=1.0), abs=1e-9)
+    scaled = psnr_3d(noisy * 800 - 300, target * 800 - 300, data_range=800)
+    assert scaled == pytest.approx(psnr_3d(noisy, target, data_range=1.0), abs=1e-9)
 
 
 def test_psnr_ignores_what_is_outside_the_mask(rng, target):
@@ -56,36 +56,38 @@ def test_psnr_ignores_what_is_outside_the_mask(rng, target):
     mask[5:15, 5:15, 5:15] = True
     noisy = target + rng.normal(scale=0.05, size=target.shape)
     elsewhere = np.where(mask, noisy, np.nan)
-    assert psnr(elsewhere, target, data_range=1.0, mask=mask) == psnr(
+    assert psnr_3d(elsewhere, target, data_range=1.0, mask=mask) == psnr_3d(
         noisy, target, data_range=1.0, mask=mask
     )
-    assert psnr(noisy, target, data_range=1.0, mask=mask) == psnr(noisy[mask], target[mask], data_range=1.0)
+    assert psnr_3d(noisy, target, data_range=1.0, mask=mask) == psnr_3d(
+        noisy[mask], target[mask], data_range=1.0
+    )
 
 
 def test_psnr_sums_large_float32_volumes_in_float64():
     # 1000 + 1e-3 squares and sums badly in float32.
     low = np.full((64, 64, 64), 1000, dtype=np.float32)
     high = low + np.float32(0.125)
-    assert psnr(high, low, data_range=0.125) == pytest.approx(0.0, abs=1e-9)
+    assert psnr_3d(high, low, data_range=0.125) == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int16])
 def test_psnr_takes_tensors(dtype):
     pred, target = torch.full((4, 4, 4), 3.0).to(dtype), torch.full((4, 4, 4), 1.0).to(dtype)
-    assert psnr(pred, target, data_range=20.0, mask=torch.ones(4, 4, 4) > 0) == pytest.approx(20.0)
+    assert psnr_3d(pred, target, data_range=20.0, mask=torch.ones(4, 4, 4) > 0) == pytest.approx(20.0)
 
 
 def test_psnr_takes_meta_tensors_with_gradient(target):
     from monai.data import MetaTensor
 
     pred = MetaTensor(torch.tensor(target + 0.1), affine=torch.eye(4)).requires_grad_()
-    assert psnr(pred, target, data_range=1.0) == pytest.approx(20.0)
+    assert psnr_3d(pred, target, data_range=1.0) == pytest.approx(20.0)
     assert ssim_3d(pred, target, data_range=1.0) == pytest.approx(
         ssim_3d(target + 0.1, target, data_range=1.0)
     )
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim_3d, edge_psnr])
+@pytest.mark.parametrize("measure", [psnr_3d, ssim_3d, edge_psnr])
 def test_faults_are_named(measure, target):
     with pytest.raises(SettingError, match="data_range"):
         measure(target, target, data_range=0)
@@ -191,7 +193,7 @@ def test_edge_psnr_sees_blur_that_psnr_dilutes():
     target = np.zeros((20, 20, 20))
     target[6:14, 6:14, 6:14] = 1.0
     blurred = gaussian_filter(target, 1.0)
-    assert edge_psnr(blurred, target, data_range=1.0) < psnr(blurred, target, data_range=1.0) - 2
+    assert edge_psnr(blurred, target, data_range=1.0) < psnr_3d(blurred, target, data_range=1.0) - 2
 
 
 def test_edge_faults_are_named(target):
