@@ -141,9 +141,17 @@ def test_results_and_weights_are_protected(medsr, frames, tmp_path, weights):
     settings = (*NETWORK, f"weights={path}", "figure=false")
     assert medsr(frames, out=out, settings=settings) == (0, [])
     assert not list(out.glob("*_qc.png"))
-    status, (line,) = medsr(frames, out=out, settings=settings)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    # As after an interruption, what is there stays.
+    (out / "grey_seg.png").unlink()
+    (out / "grey_overlay.png").unlink()
+    assert medsr(frames, out=out, settings=settings) == (0, [])
+    changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before[path.name]}
+    assert changed == {"grey_seg.png", "grey_overlay.png", "report.json"}
+    assert medsr(frames, out=out, settings=settings) == (0, [])
+    status, (line,) = medsr(frames, out=out, settings=(*settings, "mirror=true"))
     assert status != 0
-    assert "is there already" in line
+    assert "is there already, made with mirror false, not true" in line
     assert medsr(frames, out=out, settings=(*settings, "overwrite=true")) == (0, [])
     status, (line,) = medsr(
         frames, out=tmp_path / "parts", config=("inference.json", "parts.json"), settings=settings

@@ -90,6 +90,11 @@ class CaseEvaluator(SupervisedEvaluator):
         self.failures: dict[str, str] = {}
         super().__init__(**settings)
 
+    def run(self, global_epoch: int = 1) -> None:
+        """Run through the cases; without one, as when an earlier run has finished all, there is nothing to do."""
+        if len(self.data_loader):
+            super().run(global_epoch)
+
     def _iteration(self, engine: Engine, batchdata: Mapping[str, Any]) -> Any:  # type: ignore[override]
         case = str(_first(batchdata.get("case", "case")))
         if "error" in batchdata:

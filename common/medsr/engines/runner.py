@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from math import prod
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -21,7 +21,7 @@ from torch import nn
 from medsr import catalog
 from medsr.errors import DataError, MedsrError, OutputError, SettingError, WeightsError
 from medsr.geometry import refinement_ratio, rescaled_size, slice_axis
-from medsr.handlers.case_output import CaseOutput
+from medsr.handlers.case_output import RunReport
 from medsr.io.cases import find_cases, inspect_case
 from medsr.io.images import find_images, read_image_header
 from medsr.io.nifti import VolumeHeader
@@ -137,7 +137,8 @@ def preflight(
     follow_links: bool | None = None,
     spacing_mm: float | None = None,
     thin_volumes: int = 0,
-    output: CaseOutput | None = None,
+    report: RunReport | None = None,
+    adapted_weights_dir: str | Path | None = None,
     find: Callable[..., list[dict[str, str]]] | None = None,
     inspect: Callable[[Mapping[str, str]], Any] | None = None,
 ) -> int:
@@ -156,30 +157,43 @@ def preflight(
         follow_links: read volumes behind links that leave their folder, see :func:`~medsr.io.cases.list_folder`.
         spacing_mm: slice spacing of the results; default the in-plane spacing.
         thin_volumes: float32 volumes on thin slices that a case leaves behind; the disk must have room for them.
-        output: the writer of the results; results of an earlier run are then refused unless it may replace them.
+        report: of the run; cases that an earlier run has finished are then passed over, see
+            :meth:`~medsr.handlers.case_output.RunReport.pending`.
+        adapted_weights_dir: where weights that are adapted to the cases will go; those of an earlier run are refused
+            unless the run may replace results.
         find: lists the cases behind ``dataset_dir``; default volumes in slices.
         inspect: reads the headers of a case and raises what is wrong with them; default that of volumes in slices.
 
     Returns:
-        the number of usable cases.
+        the number of usable cases that are to be done.
     """
     if not dataset_dir:
         raise DataError("no input: set --dataset_dir to a file, a folder of files or a DICOM series folder")
     if not str(output_dir):
         # It would be the current folder.
         raise OutputError("no output: set --output_dir to the folder for the results")
-    cases = find(dataset_dir) if find else find_cases(dataset_dir, follow_links=follow_links)
+    cases = (find or partial(find_cases, follow_links=follow_links, strict=False))(dataset_dir)
     _refuse_same_folder([dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir, output_dir)
     probe_folder(output_dir, create=False)
-    if output is not None:
-        output.refuse_existing([case["case"] for case in cases])
+    pending = cases if report is None else report.pending(cases)
+    if len(pending) < len(cases):
+        _log.info(
+            "%d of %d cases are in %s already and stay as they are",
+            len(cases) - len(pending),
+            len(cases),
+            Path(output_dir).name,
+        )
+    if adapted_weights_dir and not (report and report.output and report.output.overwrite):
+        _refuse_adapted(pending, Path(adapted_weights_dir))
     if network is not None:
         check_weights(weights, network)
     if spacing_mm is not None:
         spacing_mm = as_number("target_spacing_mm", spacing_mm, above=0)
     reasons, needed = [], 0
-    for case in cases:
+    for case in pending:
         try:
+            if "error" in case:
+                raise (DataError if case in cases else OutputError)(case["error"])
             if inspect:
                 inspect(case)
                 continue
@@ -187,14 +201,25 @@ def preflight(
             needed += thin_volumes * _thin_bytes(header, force=force, spacing_mm=spacing_mm)
         except MedsrError as error:
             reasons.append(error)
-    if len(reasons) == len(cases):
-        if len(reasons) > 1:
+    if cases and len(reasons) == len(cases):
+        if len({str(error) for error in reasons}) > 1:
             for error in reasons:
                 _log.error("%s", error)
             raise DataError(f"none of the {len(cases)} cases can be used; the first reason: {reasons[0]}")
         raise reasons[0]
     _refuse_full_disk(output_dir, needed)
-    return len(cases) - len(reasons)
+    return len(pending) - len(reasons)
+
+
+def _refuse_adapted(cases: Sequence[Mapping[str, str]], folder: Path) -> None:
+    """Refuse to replace adapted weights before the first of them are trained."""
+    names = [f"{case['case']}_adapted.pt" for case in cases if "error" not in case]
+    existing = [name for name in names if (folder / name).exists()]
+    if existing:
+        raise OutputError(
+            f"{existing[0]}: is there already ({len(existing)} of {len(names)} files); choose another "
+            "adapted_weights_dir or set overwrite to true"
+        )
 
 
 def _refuse_same_folder(inputs: Sequence[str | Path], output_dir: str | Path) -> None:
@@ -210,7 +235,9 @@ def _refuse_same_folder(inputs: Sequence[str | Path], output_dir: str | Path) ->
 
 def preflight_images(dataset_dir: str | Sequence[str], output_dir: str | Path, **checks: Any) -> int:
     """:func:`preflight` for 2D images; its other checks are taken by name."""
-    return preflight(dataset_dir, output_dir, find=find_images, inspect=_inspect_image, **checks)
+    return preflight(
+        dataset_dir, output_dir, find=partial(find_images, strict=False), inspect=_inspect_image, **checks
+    )
 
 
 def preflight_pairs(dataset_dir: str | Sequence[str], output_dir: str | Path, **checks: Any) -> int:
@@ -223,8 +250,6 @@ def _inspect_image(case: Mapping[str, str]) -> None:
 
 
 def _inspect_pair(case: Mapping[str, str]) -> None:
-    if "error" in case:
-        raise DataError(case["error"])
     left, right = (read_image_header(case.get(key, case["image"])) for key in ("image", "image_right"))
     refuse_unequal_views(left.path.name, (left.channels, *left.size), (right.channels, *right.size))
 

@@ -127,36 +127,11 @@ class CaseOutput:
         """Register behind the postprocessing."""
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
 
-    def refuse_existing(self, cases: Sequence[str]) -> None:
-        """Refuse to replace results of an earlier run, before hours of computing, unless told to.
-
-        Raises:
-            OutputError: if a result or a figure of one of the cases exists.
-        """
-        names = [name for case in cases for name in [*self._names(case).values(), *self._figures(case)]]
-        existing = [name for name in names if (self.output_dir / name).exists()]
-        if existing and not self.overwrite:
-            raise OutputError(
-                f"{existing[0]}: is there already ({len(existing)} of {len(names)} files); "
-                "choose another output folder or set overwrite to true"
-            )
-
-    def pending(self, items: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-        """Those of the items whose results an interrupted run has not written yet: results appear whole, hence count.
-
-        Raises:
-            OutputError: if all are there.
-        """
-        left = [
-            item
-            for item in items
-            if not all((self.output_dir / name).exists() for name in self._names(item["case"]).values())
-        ]
-        if not left:
-            raise OutputError(
-                f"{self.output_dir.name}: all {len(items)} cases are there already; nothing to do"
-            )
-        return left
+    def present(self, case: str) -> tuple[list[str], list[str]]:
+        """Names of the results and figures of a case that are there already, and of those that are not."""
+        names = [*self._names(case).values(), *self._figures(case)]
+        there = [name for name in names if (self.output_dir / name).exists()]
+        return there, [name for name in names if name not in there]
 
     def __call__(self, engine: Engine) -> None:
         """Write the case that was just processed."""
@@ -260,8 +235,56 @@ class RunReport:
         self._since = time.monotonic()
         self.write()
 
-    def write(self) -> Path:
-        """Write ``report.json`` and return its path."""
+    def pending(self, items: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+        """Those of the items that are still to do: what an interrupted run has finished is left as it is.
+
+        A case is finished if the report of that run says so, or all its files are there: files appear whole. If only
+        some are there, nobody knows whose they are: the case gets the key ``error`` and fails, unless ``overwrite`` is
+        set.
+
+        Raises:
+            OutputError: if a finished case was made with other settings, weights or configs.
+        """
+        if self.output is None or self.output.overwrite:
+            return list(items)
+        earlier = _earlier_cases(self.output_dir / "report.json", self._conditions())
+        left: list[Mapping[str, str]] = []
+        for item in items:
+            if "error" in item:
+                left.append(item)
+                continue
+            there, missing = self.output.present(item["case"])
+            if item["case"] in earlier:
+                self._refuse_mixture(item["case"], earlier[item["case"]]["earlier_run"])
+            elif there and missing:
+                reason = (
+                    f"{there[0]}: is there already, but no {missing[0]}; remove it, choose another output folder or "
+                    "set overwrite to true"
+                )
+                left.append({**item, "error": reason})
+            elif missing:
+                left.append(item)
+        return left
+
+    def _refuse_mixture(self, case: str, earlier: Mapping[str, Any]) -> None:
+        """Results of other settings must not pass for results of these."""
+        now = self._conditions()
+        changed = [
+            f"{key} {json.dumps(before.get(key))}, not {json.dumps(now[kind].get(key))}"
+            if kind == "settings"
+            else f"another {key}"
+            for kind in ("settings", "sha256")
+            if isinstance(before := earlier.get(kind), dict)
+            for key in sorted({*before, *now[kind]})
+            if before.get(key) != now[kind].get(key)
+        ]
+        if changed:
+            raise OutputError(
+                f"{case}: is there already, made with {'; '.join(changed)}; choose another output folder or set "
+                "overwrite to true"
+            )
+
+    def _conditions(self) -> dict[str, Any]:
         conditions = {
             "versions": {
                 "medsr": medsr.__version__,
@@ -273,6 +296,13 @@ class RunReport:
             "sha256": self.hashes,
             "settings": self.settings,
         }
+        # As it will be read back: tuples become lists, for example.
+        plain: dict[str, Any] = json.loads(json.dumps(conditions))
+        return plain
+
+    def write(self) -> Path:
+        """Write ``report.json`` and return its path."""
+        conditions = self._conditions()
         path = self.output_dir / "report.json"
         if self._earlier is None:
             self._earlier = _earlier_cases(path, conditions)
@@ -336,13 +366,13 @@ def _earlier_cases(path: Path, conditions: Mapping[str, Any]) -> dict[str, dict[
     # A report that is damaged, or of another program, says nothing.
     with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
         report = json.loads(path.read_text(encoding="utf-8"))
-        # As it will be read back: tuples become lists, for example.
-        now = json.loads(json.dumps(conditions))
         for case, entry in report["cases"].items():
             if not entry.get("files") or not all((path.parent / name).is_file() for name in entry["files"]):
                 continue
-            run = {key: report.get(key) for key in ("written", *now)} | entry.get("earlier_run", {})
-            changed = {key: value for key, value in run.items() if key not in now or value != now[key]}
+            run = {key: report.get(key) for key in ("written", *conditions)} | entry.get("earlier_run", {})
+            changed = {
+                key: value for key, value in run.items() if key not in conditions or value != conditions[key]
+            }
             kept[str(case)] = {**entry, "earlier_run": changed}
     return kept
 

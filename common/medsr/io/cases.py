@@ -26,7 +26,7 @@ __all__ = [
     "inspect_case",
     "list_folder",
     "read_case",
-    "same_name",
+    "refuse_twins",
 ]
 
 _SUFFIXES = (".nii.gz", ".nii")
@@ -39,17 +39,18 @@ PathLike = str | os.PathLike[str]
 
 
 def find_cases(
-    source: PathLike | Sequence[PathLike], *, follow_links: bool | None = None
+    source: PathLike | Sequence[PathLike], *, follow_links: bool | None = None, strict: bool = True
 ) -> list[dict[str, str]]:
     """List the images behind a path as data items ``{"image": absolute path, "case": name}``.
 
-    Outputs are named after the case, so two inputs of one name would overwrite each other: they are refused.
+    Outputs are named after the case, so two inputs of one name would overwrite each other: see :func:`refuse_twins`.
     Sub-folders are searched one level deep; hidden files are ignored.
 
     Args:
         source: a NIfTI file, a folder of them, a DICOM series folder, a folder of such folders, or a list of
             these.
         follow_links: see :func:`list_folder`.
+        strict: refuse all inputs if two have one case name; else only these two get the key ``error``.
 
     Raises:
         DataError: if there is no image, a link leaves its folder, or two images have one case name.
@@ -61,7 +62,7 @@ def find_cases(
     """
     if follow_links is not None:
         follow_links = as_flag("follow_links", follow_links)
-    return collect_cases(source, partial(_expand, follow_links=follow_links))
+    return collect_cases(source, partial(_expand, follow_links=follow_links), strict=strict)
 
 
 def collect_cases(
@@ -69,15 +70,15 @@ def collect_cases(
     expand: Callable[[Path], list[Path]],
     *,
     suffixes: Sequence[str] = _SUFFIXES,
+    strict: bool = True,
 ) -> list[dict[str, str]]:
     """Make data items ``{"image": absolute path, "case": name}`` of what ``expand`` finds behind the sources.
-
-    Outputs are named after the case, so two inputs of one name would overwrite each other: they are refused.
 
     Args:
         source: a path or a list of paths.
         expand: gives the inputs that one path names.
         suffixes: file name endings that are no part of a case name.
+        strict: see :func:`refuse_twins`.
 
     Raises:
         DataError: if the list is empty or two inputs have one case name.
@@ -90,36 +91,57 @@ def collect_cases(
     if not sources:
         raise DataError("the list of inputs is empty; give a file or a folder")
     paths = [found for item in sources for found in expand(Path(item).expanduser())]
-    seen: dict[str, Path] = {}
-    items = []
-    for path in paths:
-        name = case_name(path, suffixes=suffixes)
-        # Case-insensitive file systems would let a.nii and A.nii share one output.
-        other = seen.setdefault(unicodedata.normalize("NFC", name.casefold()), path)
-        if other is not path:
-            raise same_name(name, other, path)
-        items.append({"image": str(path.absolute()), "case": name})
-    return items
+    items = [{"image": str(path.absolute()), "case": case_name(path, suffixes=suffixes)} for path in paths]
+    return refuse_twins(items, strict=strict)
 
 
-def same_name(name: str, first: PathLike, second: PathLike) -> DataError:
-    """The refusal of two inputs that would overwrite each other's results.
+def refuse_twins(items: Sequence[dict[str, str]], *, strict: bool = True) -> list[dict[str, str]]:
+    """Refuse inputs of one case name, which would overwrite each other's results.
 
     Args:
-        name: the case name of both.
-        first: one input.
-        second: the other; where both are called alike, their folders are told too.
+        items: with the keys ``image`` and ``case``.
+        strict: raise, as training needs it. Else the twins get the key ``error`` and, as their case, the name of their
+            file, with its folders as far as they tell the twins apart: they fail, and the others go on.
+
+    Returns:
+        the items in their order.
+
+    Raises:
+        DataError: if there are twins and ``strict``, or if one input is given twice.
 
     Example:
-        >>> print(same_name("a", "a b.png", "a_b.png"))
-        a b.png and a_b.png have the same case name a; rename one of them
+        >>> twins = [{"image": f"/data/{name}.png", "case": "a_b"} for name in ("a b", "a_b")]
+        >>> for item in refuse_twins(twins, strict=False):
+        ...     print(item["case"], "|", item["error"])
+        a b.png | a b.png and a_b.png have the same case name a_b; rename one of them
+        a_b.png | a b.png and a_b.png have the same case name a_b; rename one of them
     """
+    by_name: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        # Case-insensitive file systems would let a.nii and A.nii share one output.
+        by_name.setdefault(unicodedata.normalize("NFC", item["case"].casefold()), []).append(index)
+    found = list(items)
+    for twins in by_name.values():
+        for index in twins[1:]:
+            first, second = _told_apart(items[twins[0]]["image"], items[index]["image"])
+            reason = (
+                f"{first} and {second} have the same case name {items[index]['case']}; rename one of them"
+            )
+            if strict:
+                raise DataError(reason)
+            for twin, name in ((twins[0], first), (index, second)):
+                if "error" not in found[twin]:
+                    found[twin] = {**items[twin], "case": name, "error": reason}
+    return found
+
+
+def _told_apart(first: PathLike, second: PathLike) -> list[str]:
+    """Names of two files, with as many of their folders as it takes."""
     one, other = (Path(path).absolute() for path in (first, second))
     if one == other:
-        return DataError(f"{one.name}: given twice")
+        raise DataError(f"{one.name}: given twice")
     depth = next(n for n in range(1, len(one.parts) + 1) if one.parts[-n:] != other.parts[-n:])
-    names = [Path(*path.parts[-depth:]).as_posix() for path in (one, other)]
-    return DataError(f"{names[0]} and {names[1]} have the same case name {name}; rename one of them")
+    return [Path(*path.parts[-depth:]).as_posix() for path in (one, other)]
 
 
 def list_folder(

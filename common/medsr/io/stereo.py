@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
 from medsr.errors import DataError
-from medsr.io.cases import case_name, same_name
+from medsr.io.cases import case_name, refuse_twins
 from medsr.io.images import find_images
 
 __all__ = ["StereoCalibration", "find_stereo_cases", "find_stereo_pairs", "read_calibration"]
@@ -143,13 +143,14 @@ def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, s
 
     - a pair: ``{"image": left, "image_right": right, "case": name}``, known by place or name as there;
     - an image that is named neither left nor right: ``{"image": path, "case": name}``;
-    - a view whose partner is missing: ``{"image": path, "case": name, "error": what is missing}``.
+    - a view whose partner is missing: ``{"image": path, "case": name, "error": what is missing}``; so are inputs of one
+      case name, see :func:`~medsr.io.cases.refuse_twins`.
 
     Args:
         source: an image, a folder, or a list of these; both views of a pair may be named one by one.
 
     Raises:
-        DataError: if there is no image, or two cases have one name.
+        DataError: if there is no image, a case has two left or two right views, or an image is given twice.
 
     Example:
         >>> find_stereo_cases("no-such-folder")
@@ -162,21 +163,18 @@ def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, s
     items: list[dict[str, str]] = []
     files: dict[Path, list[dict[str, str]]] = {}
     for path in (Path(one).expanduser() for one in sources):
-        inside = _view_folders(path)
+        twins: list[dict[str, str]] = []
+        inside = _view_folders(path, twins)
         if inside is not None:
+            items += twins
             items += _cases(*inside)
             continue
-        for item in find_images(path):
+        for item in find_images(path, strict=False):
             files.setdefault(Path(item["image"]).parent, []).append(item)
     for folder, found in files.items():
-        alone = [item for item in found if _SIDE.match(item["case"]) is None]
+        alone = [item for item in found if "error" in item or _SIDE.match(item["case"]) is None]
         items += [*_cases(*_sides(folder, [item for item in found if item not in alone])), *alone]
-    seen: dict[str, dict[str, str]] = {}
-    for item in items:
-        other = seen.setdefault(item["case"].casefold(), item)
-        if other is not item:
-            raise same_name(item["case"], other["image"], item["image"])
-    return sorted(items, key=lambda item: item["case"])
+    return sorted(refuse_twins(items, strict=False), key=lambda item: item["case"])
 
 
 def read_calibration(path: PathLike) -> StereoCalibration:
@@ -218,16 +216,20 @@ _Sides = tuple[dict[str, str], dict[str, str]]
 """Files of the left and of the right views by case."""
 
 
-def _by_case(folder: Path) -> dict[str, str]:
-    return {item["case"]: item["image"] for item in find_images(folder)}
+def _by_case(folder: Path, twins: list[dict[str, str]] | None = None) -> dict[str, str]:
+    """The views of a folder; those of one case name go to the list, or are refused without one."""
+    found = find_images(folder, strict=twins is None)
+    if twins is not None:
+        twins += [item for item in found if "error" in item]
+    return {item["case"]: item["image"] for item in found if "error" not in item}
 
 
-def _view_folders(folder: Path) -> _Sides | None:
-    """The views in the two folders inside, if they are there."""
+def _view_folders(folder: Path, twins: list[dict[str, str]] | None = None) -> _Sides | None:
+    """The views in the two folders inside, if they are there; for twins see :func:`_by_case`."""
     for names in _FOLDERS:
         there = [name for name in names if (folder / name).is_dir()]
         if len(there) == 2:
-            return _by_case(folder / there[0]), _by_case(folder / there[1])
+            return _by_case(folder / there[0], twins), _by_case(folder / there[1], twins)
         if there and not any(child.is_file() for child in folder.iterdir()):
             missing = names[1 - names.index(there[0])]
             raise DataError(f"{folder.name}: there is a folder {there[0]}, but no {missing} beside it")

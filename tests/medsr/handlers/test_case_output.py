@@ -82,10 +82,12 @@ def test_a_case_leaves_its_volumes_and_the_figure(tmp_path):
 
 def test_a_file_with_the_name_of_a_figure_is_not_replaced_without_being_told_to(tmp_path):
     (tmp_path / "a_qc.png").write_bytes(b"a photograph of the user")
-    with pytest.raises(OutputError, match=r"a_qc\.png: is there already"):
-        CaseOutput(tmp_path).refuse_existing(["a"])
-    CaseOutput(tmp_path, figure=False).refuse_existing(["a"])
-    CaseOutput(tmp_path, overwrite=True).refuse_existing(["a"])
+    items = [{"case": "a"}, {"case": "b"}]
+    first, second = pending(tmp_path, items)
+    assert first["error"].startswith("a_qc.png: is there already, but no a_superres.nii.gz; remove it")
+    assert second == {"case": "b"}
+    assert pending(tmp_path, items, figure=False) == items
+    assert pending(tmp_path, items, overwrite=True) == items
 
 
 @pytest.mark.parametrize("setting", ["overwrite", "figure"])
@@ -270,10 +272,13 @@ def test_the_report_says_what_was_removed_per_grid_and_class(tmp_path):
     assert case["output_size"] == [16, 16, 20]
 
 
+SHAPING = {"width": 0.25, "patch_size": (8, 8)}
+
+
 def run_of(folder: Path, *cases: str, failed: str = "", settings: Mapping[str, Any] | None = None) -> None:
     """A run that writes these cases into the folder."""
     output = CaseOutput(folder, figure=False, overwrite=True)
-    report = RunReport(folder, settings or {"width": 0.25, "patch_size": (8, 8)}, output=output)
+    report = RunReport(folder, settings or SHAPING, output=output)
     for case in cases:
         one = {**item(), "case": case}
         output.write(one, FACTS)
@@ -454,16 +459,37 @@ def test_no_folder_and_no_content_is_in_the_report(scans, tmp_path, caplog):
     assert (found["succeeded"], found["failed"]) == (1, 1)
 
 
-def test_results_of_an_earlier_run_are_not_replaced_unless_wanted(tmp_path):
-    (tmp_path / "b_uncertainty.nii.gz").write_bytes(b"earlier")
-    CaseOutput(tmp_path).refuse_existing(["a"])
-    with pytest.raises(
-        OutputError, match=r"b_uncertainty.nii.gz: is there already \(1 of 6 files\)"
-    ) as error:
-        CaseOutput(tmp_path).refuse_existing(["a", "b"])
-    assert "overwrite" in str(error.value)
-    CaseOutput(tmp_path, overwrite=True).refuse_existing(["a", "b"])
-    assert (tmp_path / "b_uncertainty.nii.gz").read_bytes() == b"earlier"
+def pending(folder: Path, items: list[dict[str, str]], **settings: Any) -> list[Mapping[str, str]]:
+    return RunReport(folder, SHAPING, output=CaseOutput(folder, **settings)).pending(items)
+
+
+def test_what_an_interrupted_run_has_finished_is_not_done_again(tmp_path):
+    items = [{"case": "a"}, {"case": "b"}, {"case": "c", "error": "c: no partner"}]
+    assert pending(tmp_path, items) == items
+    run_of(tmp_path, "a")
+    # It drew no figure, and said so in its report.
+    assert pending(tmp_path, items) == items[1:]
+    assert pending(tmp_path, items, overwrite=True) == items
+    # Whole results count without a report.
+    (tmp_path / "report.json").unlink()
+    assert pending(tmp_path, items, figure=False) == items[1:]
+    run_of(tmp_path, "a", "b")
+    assert pending(tmp_path, items[:2]) == []
+
+
+def test_results_of_other_settings_or_weights_are_not_taken_for_these(tmp_path):
+    run_of(tmp_path, "a")
+    items = [{"case": "a"}, {"case": "b"}]
+    output = CaseOutput(tmp_path)
+    with pytest.raises(OutputError, match=r"^a: is there already, made with width 0\.25, not 0\.5; choose"):
+        RunReport(tmp_path, {**SHAPING, "width": 0.5}, output=output).pending(items)
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"weights")
+    with pytest.raises(OutputError, match=r"made with another model\.pt; .* set overwrite to true$"):
+        RunReport(tmp_path, SHAPING, weights=weights, output=output).pending(items)
+    other = CaseOutput(tmp_path, overwrite=True)
+    assert RunReport(tmp_path, {"width": 0.5}, output=other).pending(items) == items
+    assert RunReport(tmp_path, {"width": 0.5}, output=output).pending(items[1:]) == items[1:]
 
 
 def test_a_layout_of_folders_and_what_is_left_to_do(tmp_path):
@@ -474,18 +500,18 @@ def test_a_layout_of_folders_and_what_is_left_to_do(tmp_path):
         layout="{suffix}/{case}.nii.gz",
     )
     items = [{"case": "a"}, {"case": "b"}]
-    assert output.pending(items) == items
+    report = RunReport(tmp_path / "pseudo", output=output)
+    assert report.pending(items) == items
     output.write(item("a"), FACTS)
     assert files(tmp_path / "pseudo" / "images") == ["a.nii.gz"]
     assert output.written["a"] == ["images/a.nii.gz", "uncertainty/a.nii.gz"]
-    assert output.pending(items) == [{"case": "b"}]
+    assert report.pending(items) == [{"case": "b"}]
     # Half of a case is not a case.
     (tmp_path / "pseudo" / "uncertainty" / "a.nii.gz").unlink()
-    assert output.pending(items) == items
+    assert "images/a.nii.gz: is there already, but no uncertainty/" in report.pending(items)[0]["error"]
     output.write(item("a"), FACTS)
     output.write(item("b"), FACTS)
-    with pytest.raises(OutputError, match="all 2 cases are there already"):
-        output.pending(items)
+    assert report.pending(items) == []
 
 
 def test_whole_numbers_are_stored_as_such(tmp_path):

@@ -166,6 +166,17 @@ def test_letters_of_any_script_stay_in_the_name(name, expected):
     assert case_name(f"{name}.nii") == expected
 
 
+def test_only_inputs_of_one_name_fail_where_others_go_on(nifti, tmp_path):
+    for name in ("a.nii", "a.nii.gz", "b.nii"):
+        nifti(name=name)
+    found = find_cases(tmp_path, strict=False)
+    assert [item["case"] for item in found] == ["a.nii", "a.nii.gz", "b"]
+    reason = "a.nii and a.nii.gz have the same case name a; rename one of them"
+    assert [item.get("error") for item in found] == [reason, reason, None]
+    with pytest.raises(DataError, match=r"b\.nii: given twice"):
+        find_cases([tmp_path / "b.nii", tmp_path], strict=False)
+
+
 def test_names_in_another_script_do_not_clash(nifti, tmp_path):
     for name in ("Άννα.nii", "Ελένη.nii", "李雷.nii", "韩梅.nii"):
         nifti(name=name)

@@ -684,6 +684,15 @@ def test_one_name_for_two_images(tmp_path):
     save(tmp_path / "a.png", RGB)
     save(tmp_path / "A.jpg", RGB)
     listing_refused(tmp_path, "A.jpg and a.png have the same case name a; rename one")
+    save(tmp_path / "a.tif", RGB)
+    save(tmp_path / "b.png", RGB)
+    found = find_images(tmp_path, strict=False)
+    assert [(item["case"], "error" in item) for item in found] == [
+        ("A.jpg", True),
+        ("a.png", True),
+        ("a.tif", True),
+        ("b", False),
+    ]
 
 
 def test_links_that_leave_the_folder(tmp_path):

@@ -256,17 +256,34 @@ def test_views_may_be_named_one_by_one(tmp_path):
         find_stereo_cases([])
 
 
-def test_two_cases_of_one_name_are_refused(tmp_path):
+def test_two_cases_of_one_name_fail_and_others_go_on(tmp_path):
     for folder in ("one", "two"):
         save(tmp_path / folder / "left" / "a.png")
         save(tmp_path / folder / "right" / "a.png")
-    with pytest.raises(
-        DataError, match=r"one/left/a\.png and two/left/a\.png have the same case name a; rename"
-    ):
-        find_stereo_cases([tmp_path / "one", tmp_path / "two"])
-    paths = [save(tmp_path / name) for name in ("b_left.png", "b_right.png", "B.png")]
-    with pytest.raises(DataError, match=r"b_left\.png and B\.png have the same case name B"):
-        find_stereo_cases(paths)
+    first, second = find_stereo_cases([tmp_path / "one", tmp_path / "two"])
+    assert (first["case"], second["case"]) == ("one/left/a.png", "two/left/a.png")
+    reason = "one/left/a.png and two/left/a.png have the same case name a; rename one of them"
+    assert first["error"] == second["error"] == reason
+    paths = [save(tmp_path / name) for name in ("b_left.png", "b_right.png", "B.png", "c.png")]
+    assert [(item["case"], "error" in item) for item in find_stereo_cases(paths)] == [
+        ("B.png", True),
+        ("b_left.png", True),
+        ("c", False),
+    ]
+
+
+def test_views_of_one_name_in_a_folder_fail_and_others_go_on(tmp_path):
+    for name in ("left/a.png", "left/a.tif", "right/a.png", "left/b.png", "right/b.png"):
+        save(tmp_path / name)
+    found = {item["case"]: item.get("error", "") for item in find_stereo_cases(tmp_path)}
+    assert found == {
+        "a": "a: there is no left view",
+        "a.png": "a.png and a.tif have the same case name a; rename one of them",
+        "a.tif": "a.png and a.tif have the same case name a; rename one of them",
+        "b": "",
+    }
+    with pytest.raises(DataError, match=r"a\.png and a\.tif have the same case name a"):
+        find_stereo_pairs(tmp_path)
 
 
 def test_a_folder_lends_its_name_as_a_file_would(tmp_path):
