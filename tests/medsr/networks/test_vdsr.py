@@ -76,6 +76,36 @@ def test_the_weights_start_as_in_the_paper():
         assert not conv.bias.detach().any()
 
 
+def spreads(network: VDSR, image: Tensor) -> tuple[list[float], list[int]]:
+    """Standard deviation after each ReLU, and how many of its channels are zero everywhere."""
+    x, found, dead = network.upsample(image), [], []
+    for module in network.body:
+        x = module(x)
+        if isinstance(module, nn.ReLU):
+            found.append(float(x.std()))
+            dead.append(int((x.amax(dim=(0, 2, 3)) <= 0).sum()))
+    return found, dead
+
+
+@torch.inference_mode()
+def test_a_start_as_interpolation_leaves_every_layer_alive():
+    torch.manual_seed(0)
+    image = 0.5 + 0.2 * picture(16, 16)
+    network = VDSR(interpolation_start=True)
+    assert torch.equal(network(image), BicubicUpsample(4)(image))
+    found, dead = spreads(network, image)
+    assert max(found) < 2.5 * min(found)
+    assert sum(dead) == 0
+    # What the paper's start does on the same image.
+    assert sum(spreads(VDSR(), image)[1]) > 20
+
+
+@torch.inference_mode()
+def test_a_start_as_interpolation_is_blind_to_constants():
+    network = VDSR(features=8, layers=4, interpolation_start=True)
+    assert float(network.body[0](torch.full((1, 3, 5, 5), 0.7))[..., 1:-1, 1:-1].abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_reach_every_parameter(bias):
     network = tiny(2, bias=bias).train()
@@ -116,7 +146,7 @@ def test_tiles_with_the_halo_are_exact_and_with_one_pixel_less_are_not(scale):
     for parameter in network.parameters():
         # Every pixel in sight shall matter.
         parameter.abs_().mul_(1.5)
-    whole, infer = network(image), TileInferer(tile=8, max_whole=1)
+    whole, infer = network(image), TileInferer(tile=8, max_whole=1, amp="float32")
     unit = float(whole.std())
     assert float((infer(image, network) - whole).abs().max()) < 3e-5 * unit
     assert infer.facts["tiles"] > 4
