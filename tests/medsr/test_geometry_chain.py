@@ -275,6 +275,8 @@ def run_bundle(source: Path, target: Path, *, network: torch.nn.Module) -> dict[
     parser.read_config(str(CONFIG))
     parser["dataset_dir"], parser["output_dir"] = str(source), str(target)
     parser["network"], parser["device"] = network, "$torch.device('cpu')"
+    # What stands in for the network has no part that may be less exact.
+    parser["amp"] = "float32"
     # Without the handlers that need a trained network; the settings stay those of the bundle.
     parser["handlers"], parser["figure"] = ["@output"], False
     parser["inferer"]["progress"] = False

@@ -20,6 +20,9 @@ from medsr.settings import as_flag, as_whole
 
 __all__ = ["SliceGroupInferer"]
 
+_TRIAL = 64
+"""Rows and columns of the block on which the precision is chosen."""
+
 
 class _Window(NamedTuple):
     """Thick slices that are read, thin slices that are made, and where in the plane."""
@@ -115,6 +118,7 @@ class SliceGroupInferer(Inferer):
         settings = {"scale": scale, "thickness": float(thickness)}
         # In inference mode the result would have to be copied before anyone may change it.
         with torch.no_grad():
+            self.used_dtype = self._precision(stack, network, settings)
             result = self._run(stack, network, settings)
             if self.both_directions:
                 other = self._run(stack.flip(-1), network, settings)
@@ -122,15 +126,25 @@ class SliceGroupInferer(Inferer):
                     rows.add_(reversed_rows.flip(-1)).mul_(0.5)
         return result
 
+    def _precision(self, stack: Tensor, network: Any, settings: dict[str, float]) -> torch.dtype:
+        """Tried on a block from the middle, where the head is."""
+        sizes = (_TRIAL, _TRIAL, self.group)
+        starts = [max(0, (n - size) // 2) for n, size in zip(stack.shape[2:], sizes, strict=True)]
+        rows, columns, slices = (slice(k, k + size) for k, size in zip(starts, sizes, strict=True))
+        block = stack[:1, :, rows, columns, slices]
+        positions = thin_positions(block.shape[-1], settings["scale"])
+        return choose_precision(self.amp, partial(network, positions=positions, **settings), block)
+
     def _run(self, stack: Tensor, network: Any, settings: dict[str, float]) -> Tensor:
+        lower = self.used_dtype == torch.bfloat16
+        autocast = partial(torch.autocast, stack.device.type, dtype=torch.bfloat16, enabled=lower)
         depth = stack.shape[-1]
         positions = thin_positions(depth, settings["scale"])
         refines = hasattr(network, "refine")
         result: Tensor | None = None
         if refines:
-            with self._bar("first estimate", "plane", total=sum(stack.shape[2:4])) as bar:
+            with self._bar("first estimate", "plane", total=sum(stack.shape[2:4])) as bar, autocast():
                 result = network.first_estimate(stack, positions=positions, advance=bar.update, **settings)
-        dtype: torch.dtype | None = None
         for window in self._bar("super-resolution", "window", self._windows(stack, network, positions)):
             thin = window.thin
             parts = torch.cat(
@@ -147,11 +161,7 @@ class SliceGroupInferer(Inferer):
                 estimate = torch.cat(
                     [result[..., row.read, column.read, thin] for row, column in window.tiles]
                 )
-            run = network if estimate is None else partial(_refined, network, estimate)
-
-            if dtype is None:
-                dtype = self.used_dtype = choose_precision(self.amp, partial(run, **given), parts)
-            with torch.autocast(stack.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with autocast():
                 found = (
                     network(parts, **given) if estimate is None else network.refine(estimate, parts, **given)
                 )
@@ -209,8 +219,3 @@ class SliceGroupInferer(Inferer):
         # Disabled or not said: TQDM_DISABLE counts only where nothing is said.
         quiet = {} if self.progress else {"disable": True}
         return tqdm(windows, desc=what, unit=unit, total=total, leave=False, **quiet)
-
-
-def _refined(network: Any, estimate: Tensor, parts: Tensor, **given: Any) -> Tensor:
-    """As ``refine``, on a copy."""
-    return network.refine(estimate.clone(), parts, **given)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError
 from medsr.geometry import thin_positions
+from medsr.networks.blocks import without_autocast
 from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
 from medsr.resampling import interpolation_matrix
 
@@ -126,6 +127,8 @@ class PlanePrior(nn.Module):
 def interpolated(image: Tensor, positions: npt.NDArray[np.float64]) -> Tensor:
     """Cubic B-spline interpolation of the first channel, linear interpolation of the label channels as logits.
 
+    Exact under autocast, too: bfloat16 would round the intensities themselves.
+
     Shape:
         ``(B, 1 + K, ..., D)`` to ``(B, 1 + K, ..., len(positions))``, float32.
 
@@ -133,6 +136,11 @@ def interpolated(image: Tensor, positions: npt.NDArray[np.float64]) -> Tensor:
         >>> interpolated(torch.ones(1, 2, 3, 2), np.array([0.25, 0.75])).shape
         torch.Size([1, 2, 3, 2])
     """
+    with without_autocast(image):
+        return _interpolated(image, positions)
+
+
+def _interpolated(image: Tensor, positions: npt.NDArray[np.float64]) -> Tensor:
     depth = image.shape[-1]
     kinds = ("cubic", "linear") if image.shape[1] > 1 else ("cubic",)
     cubic, *linear = (

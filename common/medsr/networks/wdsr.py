@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from medsr.errors import SettingError
 from medsr.geometry import thin_positions
+from medsr.networks.blocks import without_autocast
 from medsr.resampling import interpolation_matrix
 
 __all__ = ["PlaneSRNet"]
@@ -94,8 +95,10 @@ class PlaneSRNet(nn.Module):
         fine = self.tail(features).permute(0, 2, 3, 1).flatten(2).unsqueeze(1)
         # Position of the wanted rows on the integer grid of the shuffle, which has the same field of view.
         on_grid = (np.asarray(positions) + 0.5) * self.factor - 0.5
-        residual = fine.float() @ self._matrix(size * self.factor, on_grid, image).T
-        return image.float() @ self._matrix(size, positions, image).T + residual
+        # bfloat16 would round the intensities themselves.
+        with without_autocast(image):
+            residual = fine.float() @ self._matrix(size * self.factor, on_grid, image).T
+            return image.float() @ self._matrix(size, positions, image).T + residual
 
     @staticmethod
     def _matrix(size: int, positions: Sequence[float] | np.ndarray, like: Tensor) -> Tensor:

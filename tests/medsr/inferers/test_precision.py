@@ -85,10 +85,21 @@ def test_an_unknown_word_is_named_with_the_known_ones(word, window):
 
 
 @pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", "arm_bf16", None])
-def test_a_processor_is_asked_what_it_can(capability, monkeypatch):
+@pytest.mark.parametrize("speed_up", [0.5, 2.0])
+def test_a_processor_is_asked_what_it_can_and_whether_that_is_fast(capability, speed_up, monkeypatch):
     found = {} if capability is None else {capability: True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert native_bfloat16("cpu") == (capability is not None)
+    monkeypatch.setattr(precision, "_speed_up_of_bfloat16", lambda: speed_up)
+    assert native_bfloat16("cpu") == (capability is not None and speed_up > 1)
+
+
+def test_the_trial_of_speed_leaves_the_random_state_and_the_precision_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    assert precision._speed_up_of_bfloat16.__wrapped__() > 0
+    assert torch.equal(torch.rand(2), expected)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize(("device", "native"), [("cuda:0", False), ("cuda:1", True)])

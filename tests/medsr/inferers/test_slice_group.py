@@ -243,6 +243,20 @@ def test_a_misspelt_precision_is_named_before_any_volume_is_read():
         SliceGroupInferer(amp="half")
 
 
+def test_the_first_estimate_has_the_chosen_precision_too_but_interpolates_exactly():
+    torch.manual_seed(0)
+    network, image = SliceSRNet(0.125, prior=True), torch.rand(1, 1, 24, 20, 5)
+    seen = []
+    network.prior.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    run = inferer(amp="bfloat16")
+    found = run(image, network, scale=2.5)
+    assert run.used_dtype == torch.bfloat16
+    # After what the trial compares with, in float32.
+    assert all(seen[seen.index(True) :])
+    # Untrained, planes and volume network add nothing to the interpolation.
+    assert torch.allclose(found, inferer()(image, network, scale=2.5), atol=1e-6)
+
+
 def test_a_first_estimate_is_made_once_for_the_whole_stack_and_knows_no_tiles():
     torch.manual_seed(0)
     network = SliceSRNet(0.125, head="uncertainty", branches=4, prior=True)

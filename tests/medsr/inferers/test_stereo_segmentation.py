@@ -33,7 +33,10 @@ def inferer(**settings: int) -> StereoSegmentationInferer:
 def test_each_part_gives_what_it_gives_alone(network):
     infer = inferer()
     found = infer(MetaTensor(pair()), network)
-    superres, segmentation = StereoSuperResInferer(amp="float32"), FrameSegmentationInferer(longest=48)
+    superres, segmentation = (
+        StereoSuperResInferer(amp="float32"),
+        FrameSegmentationInferer(amp="float32", longest=48),
+    )
     enlarged = superres(pair(), network.superres)
     assert torch.equal(found["superres"], enlarged)
     for side, view in zip(("left", "right"), enlarged.chunk(2, 1), strict=True):

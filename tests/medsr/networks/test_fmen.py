@@ -308,7 +308,7 @@ def test_tiles_are_exact_with_the_halo_and_wrong_with_one_pixel_less():
         if isinstance(layer, nn.Conv2d):
             # Only corners of the kernels, so that what is farthest matters most.
             layer.weight.mul_(torch.tensor([[6.0, 0, 0], [0, 0, 0], [0, 0, 6.0]]))
-    infer = TileInferer(tile=14, max_whole=1)
+    infer = TileInferer(tile=14, max_whole=1, amp="float32")
 
     def error() -> float:
         found = difference(infer(image, network), network(image))
@@ -324,7 +324,7 @@ def test_tiles_are_exact_with_the_halo_and_wrong_with_one_pixel_less():
 @torch.inference_mode()
 def test_tiles_of_the_training_form_are_exact_at_the_border_too():
     network, image = trained(tiny(2)), picture(44, 60, batch=1)
-    assert difference(TileInferer(tile=14, max_whole=1)(image, network), network(image)) < 1e-5
+    assert difference(TileInferer(tile=14, max_whole=1, amp="float32")(image, network), network(image)) < 1e-5
 
 
 # --- the authors' weights -----------------------------------------------------------------------------------------

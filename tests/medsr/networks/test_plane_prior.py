@@ -39,6 +39,14 @@ def test_the_output_covers_the_field_of_view_and_starts_as_the_cubic_interpolati
     assert torch.allclose(found, cubic, atol=1e-6)
 
 
+@torch.inference_mode()
+def test_bfloat16_touches_the_residual_only():
+    image = 1000 + planes()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = tiny()(image, scale=2.5)
+    assert torch.allclose(found, tiny()(image, scale=2.5), atol=1e-3)
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_some_positions_alone_are_what_they_are_among_all(ratio):
     network, image = tiny(trained=True), planes()

@@ -84,7 +84,7 @@ def test_bfloat16_is_refused_because_it_rounds_the_image_itself():
 def test_tiles_with_the_halo_are_exact_and_with_one_pixel_less_are_not(scale, kernels, halo):
     network, image = seeded(scale, 1, kernels=kernels), picture(27, 24, channels=1)
     assert network.exact_halo == halo
-    whole, infer = network(image), TileInferer(tile=12, max_whole=1)
+    whole, infer = network(image), TileInferer(tile=12, max_whole=1, amp="float32")
     unit = float(whole.std())
     assert float((infer(image, network) - whole).abs().max()) < 1e-5 * unit
     assert infer.facts["tiles"] > 4

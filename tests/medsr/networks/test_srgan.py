@@ -199,7 +199,7 @@ def test_tiles_with_the_halo_are_exact_and_with_one_pixel_less_are_not(scale):
         if isinstance(module, nn.Conv2d):
             module.weight.abs_()
     assert network.exact_halo == 8
-    whole, infer = network(image), TileInferer(tile=8, max_whole=1)
+    whole, infer = network(image), TileInferer(tile=8, max_whole=1, amp="float32")
     unit = float(whole.std())
     assert float((infer(image, network) - whole).abs().max()) < 1e-5 * unit
     assert infer.facts["tiles"] == 4
@@ -210,7 +210,7 @@ def test_tiles_with_the_halo_are_exact_and_with_one_pixel_less_are_not(scale):
 @torch.inference_mode()
 def test_tiles_are_exact_with_residual_blocks_too():
     network, image = trained(tiny(2)), picture(48, 12)
-    found = TileInferer(tile=12, max_whole=1)(image, network)
+    found = TileInferer(tile=12, max_whole=1, amp="float32")(image, network)
     assert torch.allclose(found, network(image), rtol=0, atol=1e-5)
 
 

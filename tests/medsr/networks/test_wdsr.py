@@ -40,6 +40,14 @@ def test_an_untrained_network_is_the_cubic_interpolation(scale):
 
 
 @torch.inference_mode()
+def test_bfloat16_touches_the_residual_only():
+    image = 1000 + planes()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = tiny(2.5)(image)
+    assert torch.allclose(found, tiny(2.5)(image), atol=1e-3)
+
+
+@torch.inference_mode()
 def test_the_residual_of_a_whole_ratio_is_the_shuffle_itself():
     # Row k of the result is channel k % 4 of coarse row k // 4: the same field of view needs no resampling.
     network, image = tiny(4, trained=True), planes()
