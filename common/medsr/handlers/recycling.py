@@ -1,0 +1,163 @@
+"""Hidden units that never answer, put to use again during training.
+
+Papers:
+    ReDo: ICML 2023, arXiv 2302.12902.
+Code: written from the paper.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+
+from medsr.errors import SettingError
+from medsr.settings import as_whole_list
+
+__all__ = ["RecycleDormantUnits"]
+
+_log = logging.getLogger(__name__)
+
+
+class RecycleDormantUnits:
+    """Gives channels that a ReLU has kept at zero new incoming weights, without changing the network's result.
+
+    A rectifier whose input has become negative everywhere gets no gradient any more: the channel is lost for good, and
+    a narrow block can lose nearly all. At the given iterations every channel that has not answered since the time
+    before gets incoming weights as at the start, and outgoing weights of zero, so that the result stays what it was
+    and training decides what it is for. The paper recycles by a share of the layer's mean activity; here only what
+    is zero throughout counts, which needs no threshold.
+
+    Channels are found where a convolution, a ReLU and a convolution follow each other in an ``nn.Sequential``. Frozen
+    ones are left alone.
+
+    Args:
+        network: the network that is trained.
+        at: iterations after which channels are recycled; none switches it off.
+        optimizer: its memory of the recycled weights is cleared.
+        average: moving average of the network, which follows at once.
+
+    Raises:
+        SettingError: if several processes train: they would draw different weights.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
+        >>> RecycleDormantUnits(block, at=[100]).recycled
+        0
+
+    Reference:
+        arXiv 2302.12902
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        at: Sequence[int] = (),
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        average: nn.Module | None = None,
+    ) -> None:
+        self.at = set(as_whole_list("recycle_at", at, 1)) if len(at) else set()
+        self.network, self.optimizer, self.average = network, optimizer, average
+        self.recycled = 0
+        self._answered: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer."""
+        if not self.at:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise SettingError("recycle_at: several processes would draw different weights; set it to []")
+        engine.add_event_handler(Events.STARTED, self._watch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._leave)
+        engine.add_event_handler(Events.TERMINATE, self._leave)
+
+    def __call__(self, engine: Engine) -> None:
+        """Recycle, if it is time to."""
+        if engine.state.iteration not in self.at:
+            return
+        count = sum(self._recycle(*names) for names in _chains(self.network))
+        self.recycled += count
+        self._answered.clear()
+        _log.info("iteration %d: %d channels that never answered start anew", engine.state.iteration, count)
+        if engine.state.iteration >= max(self.at):
+            self._leave(engine)
+
+    def _watch(self, engine: Engine) -> None:
+        # A training that was resumed does not know what had answered before.
+        times = [0, *sorted(self.at)]
+        self.at = {time for before, time in pairwise(times) if engine.state.iteration <= before}
+        if not self.at:
+            return
+        for _, relu, _ in _chains(self.network):
+            self._hooks.append(
+                self.network.get_submodule(relu).register_forward_hook(
+                    lambda _, __, found, name=relu: self._note(name, found.detach())
+                )
+            )
+
+    def _leave(self, _: Engine) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _note(self, name: str, found: Tensor) -> None:
+        answers = found.transpose(0, 1).flatten(1).amax(dim=1) > 0
+        before = self._answered.get(name)
+        self._answered[name] = answers if before is None else before | answers
+
+    @torch.no_grad()
+    def _recycle(self, incoming: str, relu: str, outgoing: str) -> int:
+        dormant = ~self._answered[relu]
+        count = int(dormant.sum())
+        if not count:
+            return 0
+        into = self.network.get_submodule(incoming)
+        fresh = nn.init.kaiming_normal_(torch.empty_like(into.weight), nonlinearity="relu")
+        for network in (self.network, self.average):
+            if network is None:
+                continue
+            first, second = network.get_submodule(incoming), network.get_submodule(outgoing)
+            first.weight[dormant] = fresh[dormant]
+            if first.bias is not None:
+                first.bias[dormant] = 0
+            second.weight[:, dormant] = 0
+        last = self.network.get_submodule(outgoing)
+        self._forget(into.weight, dormant)
+        self._forget(into.bias, dormant)
+        self._forget(last.weight, (slice(None), dormant))
+        return count
+
+    def _forget(self, parameter: Tensor | None, where: Any) -> None:
+        if self.optimizer is None or parameter is None:
+            return
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value[where] = 0
+
+
+def _chains(network: nn.Module) -> list[tuple[str, str, str]]:
+    """Names of all convolution, ReLU, convolution that follow each other and learn."""
+    found = []
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.Sequential):
+            continue
+        prefix = f"{name}." if name else ""
+        children = list(module.named_children())
+        for (a, first), ((b, relu), (c, last)) in zip(children, pairwise(children[1:]), strict=False):
+            if not (_learns(first) and isinstance(relu, nn.ReLU) and _learns(last)):
+                continue
+            found.append((prefix + a, prefix + b, prefix + c))
+    return found
+
+
+def _learns(module: nn.Module) -> bool:
+    convolution = isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.groups == 1
+    return convolution and module.weight.requires_grad
