@@ -33,7 +33,8 @@ class RecycleDormantUnits:
     and training decides what it is for. The paper recycles by a share of the layer's mean activity; here only what
     is zero throughout counts, which needs no threshold.
 
-    Channels are found where a convolution, a ReLU and a convolution follow each other in an ``nn.Sequential``. Frozen
+    Channels are found where a convolution, a ReLU and a convolution follow each other in an ``nn.Sequential``, and
+    in modules whose ``rectified_convolutions`` names two convolutions with nothing but a ReLU between them. Frozen
     ones are left alone.
 
     Args:
@@ -83,7 +84,7 @@ class RecycleDormantUnits:
         """Recycle, if it is time to."""
         if engine.state.iteration not in self.at:
             return
-        count = sum(self._recycle(*names) for names in _chains(self.network))
+        count = sum(self._recycle(*names) for names in _pairs(self.network))
         self.recycled += count
         self._answered.clear()
         _log.info("iteration %d: %d channels that never answered start anew", engine.state.iteration, count)
@@ -96,10 +97,10 @@ class RecycleDormantUnits:
         self.at = {time for before, time in pairwise(times) if engine.state.iteration <= before}
         if not self.at:
             return
-        for _, relu, _ in _chains(self.network):
+        for name, _ in _pairs(self.network):
             self._hooks.append(
-                self.network.get_submodule(relu).register_forward_hook(
-                    lambda _, __, found, name=relu: self._note(name, found.detach())
+                self.network.get_submodule(name).register_forward_hook(
+                    lambda _, __, found, name=name: self._note(name, found.detach())
                 )
             )
 
@@ -114,8 +115,8 @@ class RecycleDormantUnits:
         self._answered[name] = answers if before is None else before | answers
 
     @torch.no_grad()
-    def _recycle(self, incoming: str, relu: str, outgoing: str) -> int:
-        dormant = ~self._answered[relu]
+    def _recycle(self, incoming: str, outgoing: str) -> int:
+        dormant = ~self._answered[incoming]
         count = int(dormant.sum())
         if not count:
             return 0
@@ -143,18 +144,22 @@ class RecycleDormantUnits:
                 value[where] = 0
 
 
-def _chains(network: nn.Module) -> list[tuple[str, str, str]]:
-    """Names of all convolution, ReLU, convolution that follow each other and learn."""
+def _pairs(network: nn.Module) -> list[tuple[str, str]]:
+    """Names of all convolutions that learn, have a ReLU behind them, and behind that a convolution that learns, too."""
     found = []
     for name, module in network.named_modules():
-        if not isinstance(module, nn.Sequential):
-            continue
-        prefix = f"{name}." if name else ""
-        children = list(module.named_children())
-        for (a, first), ((b, relu), (c, last)) in zip(children, pairwise(children[1:]), strict=False):
-            if not (_learns(first) and isinstance(relu, nn.ReLU) and _learns(last)):
-                continue
-            found.append((prefix + a, prefix + b, prefix + c))
+        between = list(module.named_children()) if isinstance(module, nn.Sequential) else []
+        named = [
+            (first, last)
+            for (first, _), ((_, relu), (last, _)) in zip(between, pairwise(between[1:]), strict=False)
+            if isinstance(relu, nn.ReLU)
+        ]
+        if pair := getattr(module, "rectified_convolutions", None):
+            named.append(pair)
+        for pair in named:
+            if all(_learns(module.get_submodule(part)) for part in pair):
+                first, last = (f"{name}.{part}" if name else part for part in pair)
+                found.append((first, last))
     return found
 
 

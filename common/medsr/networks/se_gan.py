@@ -236,6 +236,8 @@ class SEGenerator(nn.Module):
 class _ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions with a ReLU between, gated, on a skip."""
 
+    rectified_convolutions = ("conv1", "conv2")
+
     def __init__(self, features: int, reduction: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(features, features, 3, padding=1)

@@ -376,6 +376,8 @@ class _Gate(nn.Module):
 class _ResidualBlock(nn.Module):
     """Two 3 x 3 x 3 convolutions without normalisation, gated, on a skip; strides in-plane only."""
 
+    rectified_convolutions = ("conv1", "conv2")
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(inputs, outputs, 3, stride=(1, stride, stride), padding=1, bias=False)
@@ -394,6 +396,8 @@ class _ResidualBlock(nn.Module):
 
 class _PlainBlock(nn.Module):
     """Two 3 x 3 x 3 convolutions on a skip at full resolution."""
+
+    rectified_convolutions = ("conv1", "conv2")
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from ignite.handlers import EMAHandler
 from medsr.errors import SettingError
 from medsr.handlers.recycling import RecycleDormantUnits
 from medsr.networks.plane_prior import PlanePrior
+from medsr.networks.se_gan import SEGenerator
 from medsr.networks.vdsr import VDSR
 from torch import Tensor, nn
 
@@ -126,12 +127,14 @@ def test_without_a_time_nothing_is_watched():
     [
         (PlanePrior(channels=4, blocks=3), torch.rand(1, 1, 8, 5), 8 * 3),
         (VDSR(layers=5, features=6), torch.rand(1, 3, 4, 4), 6 * 4),
+        (SEGenerator(features=4, blocks=3), torch.rand(1, 3, 4, 4), 4 * 3),
     ],
 )
 def test_the_networks_that_have_such_channels_are_understood(network, data, count):
-    # No channel answers.
-    for relu in (m for m in network.modules() if isinstance(m, nn.ReLU)):
-        relu.register_forward_pre_hook(lambda _, inputs: (-inputs[0].abs() - 1,))
+    # What a hook of an earlier registration returns, later ones see: no channel answers.
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            module.register_forward_hook(lambda _, __, found: -found.abs() - 1)
     handler = RecycleDormantUnits(network, at=[1])
     train(network, handler, iterations=1, data=data)
     assert handler.recycled == count
