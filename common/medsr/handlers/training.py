@@ -265,7 +265,7 @@ class RunRecord:
         write_json(
             self.path,
             {
-                "command": " ".join(["python", "-m", "monai.bundle", *sys.argv[1:]]),
+                "command": " ".join([_program(), *sys.argv[1:]]),
                 "commit": self._commit,
                 "settings": {key: _plain(value) for key, value in self.settings.items()},
                 "iterations": engine.state.iteration,
@@ -319,6 +319,11 @@ def save_weights(
     with atomic_path(sums) as unfinished:
         Path(unfinished).write_text("\n".join([*lines, f"{digest}  {path.name}"]) + "\n")
     return digest
+
+
+def _program() -> str:
+    """How this process was started, without the path."""
+    return "medsr" if Path(sys.argv[0]).stem == "medsr" else "python -m monai.bundle"
 
 
 class _Clock:

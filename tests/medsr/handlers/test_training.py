@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
@@ -355,6 +356,19 @@ def test_a_term_that_joins_late_has_its_own_mean(tmp_path):
     Trial(iterations=5, loss=loss).run(RunRecord(tmp_path / "record.json", {}, loss, every=5))
     (entry,) = json.loads((tmp_path / "record.json").read_text())["history"]
     assert (entry["l1"], entry["late"]) == (2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/opt/bin/medsr", "run", "bundle", "data"], "medsr run bundle data"),
+        (["/lib/monai/bundle/__main__.py", "run", "--lr", "1"], "python -m monai.bundle run --lr 1"),
+    ],
+)
+def test_the_recorded_command_is_the_one_that_was_typed(argv, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    Trial(iterations=1).run(RunRecord(tmp_path / "record.json", {}, every=1))
+    assert json.loads((tmp_path / "record.json").read_text())["command"] == command
 
 
 def test_without_terms_the_loss_itself_is_recorded(tmp_path):
