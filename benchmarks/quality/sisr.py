@@ -64,7 +64,7 @@ bicubic reads {literature} here; published for Set5 is 28.42 dB / 0.8104.
 Time: median of {rounds} rounds in turns, {threads} thread(s) of {machine}, torch {torch}, for the image {timed}, and
 per megapixel of the result. Memory: peak above what network and image take, for the same image.
 GMAC: for 256 x 256 pixels in.
-The networks run through the inferer of the bundles; this machine has bfloat16 in hardware: {bfloat16}.
+The networks run through the inferer of the bundles; this machine is faster with bfloat16: {bfloat16}.
 Parameters are those of what runs: neither a discriminator nor the training form of FMEN is counted. SE-GAN learnt
 from fundus photographs. A GAN trades decibels for texture: its PSNR does not rank it. `SRGAN` is SRResNet trained
 on for some minutes with L1 + 0.005 times a relativistic average adversarial loss, without the paper's feature loss.
