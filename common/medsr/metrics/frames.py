@@ -8,8 +8,8 @@ ignored count neither in the prediction nor in the truth.
 - ``iou_present``, ``dice_present``: mean over the classes in the truth of the frame; where the truth is empty, 1 if
   the prediction is empty too, else 0. TernausNet (doi:10.1101/275867) reports mean and standard deviation over all
   frames of all folds: hand the frames of all folds to one :func:`summary`. Two things that the protocol does not
-  foresee have no score, because 1 would flatter: a frame that may be empty only because pixels are ignored, and
-  frames of which none has a class in its truth.
+  foresee have no score, because 1 would flatter: a frame in which nothing is found and pixels are ignored, and
+  frames of which none has a class, neither in its truth nor in its prediction.
 - ``challenge_iou``, ``challenge_dice``: the same, but frames without foreground in the truth are left out. EndoVis
   2017 challenge (arXiv 1902.06426), MF-TAPNet, and Ch_IoU of ISINet (arXiv 2007.05533). In a frame with foreground,
   neither family has a penalty for calling a class that is not there.
@@ -99,8 +99,8 @@ def frame_scores(pred: Mask, target: Mask, classes: Iterable[str], *, ignore: in
     seen = [one for one in counts.values() if _occurs(one)]
     present = [one for one in seen if one["target"]]
     iou, dice = _mean(map(_iou, present)), _mean(map(_dice, present))
-    # What is ignored may be all that there was to find.
-    empty = float(not seen) if judged.all() else None
+    # Where nothing is found, what is ignored may be all that there was to find; what is called in vain stays wrong.
+    empty = float(not seen) if seen or judged.all() else None
     return {
         "iou_present": iou if present else empty,
         "dice_present": dice if present else empty,
@@ -135,9 +135,9 @@ def summary(frames: Iterable[Mapping[str, Any]]) -> Scores:
     rows = list(frames)
     names = _common_names([row["classes"] for row in rows], "frame")
     found: Scores = {"frames": len(rows)}
-    has_truth = any(counts["target"] for row in rows for counts in row["classes"].values())
+    occurs = any(_occurs(counts) for row in rows for counts in row["classes"].values())
     for score in _PER_FRAME:
-        values = _defined(row[score] for row in rows) if has_truth or score not in _OF_EMPTY_TOO else []
+        values = _defined(row[score] for row in rows) if occurs or score not in _OF_EMPTY_TOO else []
         found[score] = _mean(values)
         found[f"{score}_std_over_frames"] = _std(values)
     seen = {name: [row["classes"][name] for row in rows if _occurs(row["classes"][name])] for name in names}

@@ -225,3 +225,12 @@ def test_a_frame_that_may_be_empty_only_because_pixels_are_ignored_has_no_score(
     full = np.ones((4, 4), int)
     found = summary([scores, frame_scores(full, full, ["background", "instrument"])])
     assert (found["iou_present"], found["frames"]) == (1, 2)
+
+
+def test_what_is_called_in_vain_is_wrong_whatever_is_ignored_and_however_empty_the_truth():
+    truth, found = np.zeros((4, 4), int), np.ones((4, 4), int)
+    ignored = truth.copy()
+    ignored[0] = 255
+    scores = [frame_scores(found, one, ["background", "instrument"]) for one in (truth, ignored)]
+    assert [one["iou_present"] for one in scores] == [0, 0]
+    assert summary(scores)["iou_present"] == summary(scores)["dice_present"] == 0
