@@ -22,7 +22,11 @@ pytestmark = [
 IMAGES = ("crop_size=32", "batch_size=2", "iterations=5")
 SEGMENTATION = ("width=2", "patch_size=[24,24,4]", "block_size=[24,24,20]", "iterations=5")
 TRAININGS = {
-    "vdsr": ("image_vdsr_superres", ("train.json",), (*IMAGES, "network_def::layers=3", "features=8")),
+    "vdsr": (
+        "image_vdsr_superres",
+        ("train.json",),
+        (*IMAGES, "network_def::layers=3", "features=8", "recycle_at=[2,5]"),
+    ),
     "se_gan": (
         "retina_segan_superres",
         ("train.json", "train_gan.json"),

@@ -8,7 +8,7 @@ Code: written from the paper.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -80,6 +80,14 @@ class RecycleDormantUnits:
         engine.add_event_handler(Events.COMPLETED, self._leave)
         engine.add_event_handler(Events.TERMINATE, self._leave)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which channels have answered since the last time."""
+        return {"answered": dict(self._answered), "recycled": self.recycled}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what was seen before an interruption."""
+        self._answered, self.recycled = dict(state["answered"]), int(state["recycled"])
+
     def __call__(self, engine: Engine) -> None:
         """Recycle, if it is time to."""
         if engine.state.iteration not in self.at:
@@ -91,12 +99,7 @@ class RecycleDormantUnits:
         if engine.state.iteration >= max(self.at):
             self._leave(engine)
 
-    def _watch(self, engine: Engine) -> None:
-        # A training that was resumed does not know what had answered before.
-        times = [0, *sorted(self.at)]
-        self.at = {time for before, time in pairwise(times) if engine.state.iteration <= before}
-        if not self.at:
-            return
+    def _watch(self, _: Engine) -> None:
         for name, _ in _pairs(self.network):
             self._hooks.append(
                 self.network.get_submodule(name).register_forward_hook(
@@ -112,7 +115,7 @@ class RecycleDormantUnits:
     def _note(self, name: str, found: Tensor) -> None:
         answers = found.transpose(0, 1).flatten(1).amax(dim=1) > 0
         before = self._answered.get(name)
-        self._answered[name] = answers if before is None else before | answers
+        self._answered[name] = answers if before is None else before.to(answers) | answers
 
     @torch.no_grad()
     def _recycle(self, incoming: str, outgoing: str) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from medsr.errors import SettingError, WeightsError
+from medsr.handlers.recycling import RecycleDormantUnits
 from medsr.handlers.training import BudgetSchedule, RunRecord
 from medsr.io.writing import atomic_path
 
@@ -67,6 +68,7 @@ class TrainingState:
         schedule: knows what is spent of the budget. With another budget the learning rate follows that one from here.
         average: of the weights.
         record: its history goes on.
+        recycling: goes on with what it has seen.
         resume: go on with the state in ``path``; a word is taken as well, because MONAI's command line hands on
             ``true`` as it was typed.
         minutes: time between two savings.
@@ -96,6 +98,7 @@ class TrainingState:
         *,
         average: EMAHandler,
         record: RunRecord,
+        recycling: RecycleDormantUnits | None = None,
         resume: bool | str = False,
         minutes: float = 2.0,
         config: Mapping[str, Any] | None = None,
@@ -104,6 +107,7 @@ class TrainingState:
             raise SettingError(f"resume must be true or false, got {resume!r}")
         self.path, self.resume, self.minutes = Path(path), str(resume).lower() == "true", float(minutes)
         self.settings, self.schedule, self.average, self.record = settings, schedule, average, record
+        self.recycling = recycling
         self.config: Mapping[str, Any] = {} if config is None else config
         self._found: dict[str, Any] = {}
         self._order = torch.get_rng_state()
@@ -160,17 +164,15 @@ class TrainingState:
 
     def _parts(self, engine: Engine) -> dict[str, Any]:
         """Everything that changes while training, by name."""
-        parts = {
+        parts: dict[str, Any] = {
             name: part
             for name, part in vars(engine).items()
             if hasattr(part, "state_dict") and hasattr(part, "load_state_dict") and not _is_frozen(part)
         }
-        return {
-            **parts,
-            "average": self.average.ema_model,
-            "schedule": self.schedule,
-            "record": self.record,
-        }
+        parts |= {"average": self.average.ema_model, "schedule": self.schedule, "record": self.record}
+        if self.recycling is not None:
+            parts["recycling"] = self.recycling
+        return parts
 
     def _save(self, engine: Engine) -> None:
         warm_up = getattr(self.average, "momentum_scheduler", None)

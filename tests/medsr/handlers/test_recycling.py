@@ -92,16 +92,26 @@ def test_the_average_follows_and_the_optimiser_forgets():
         assert state["exp_avg_sq"].any()
 
 
-def test_a_resumed_training_does_not_judge_by_half_a_window():
+def test_what_answered_before_an_interruption_counts_after_it():
+    def training(network: nn.Sequential) -> tuple[Engine, RecycleDormantUnits]:
+        def process(engine: Engine, batch: Tensor) -> None:
+            with torch.no_grad():
+                network[0].bias[0] = 0 if engine.state.iteration == 1 else -100
+            network(batch)
+
+        engine, handler = Engine(process), RecycleDormantUnits(network, at=[3])
+        handler.attach(engine)
+        return engine, handler
+
     network = block(3)
-    handler = RecycleDormantUnits(network, at=[3, 6])
-    engine = Engine(lambda _, batch: network(batch))
-    handler.attach(engine)
-    found = []
-    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: found.append(handler.recycled))
-    engine.load_state_dict({"epoch_length": 7, "max_epochs": 1, "iteration": 2, "rng_states": None})
-    engine.run([images()] * 7, max_epochs=1)
-    assert found == [0, 0, 0, 3, 3]
+    first, interrupted = training(network)
+    first.run([images()] * 2, max_epochs=1)
+    second, resumed = training(network)
+    second.add_event_handler(Events.STARTED, lambda _: resumed.load_state_dict(interrupted.state_dict()))
+    second.load_state_dict({"epoch_length": 3, "max_epochs": 1, "iteration": 2, "rng_states": None})
+    second.run([images()] * 3, max_epochs=1)
+    # The first of the three channels that are silent now answered in the first iteration.
+    assert resumed.recycled == 2
 
 
 def test_frozen_channels_stay():
