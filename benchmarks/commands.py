@@ -53,26 +53,13 @@ def run_config(
     part.rename(output)
 
 
-def run_once(
-    bundle: str,
-    configs: Sequence[str],
-    settings: Mapping[str, Any],
-    *,
-    output: Path,
-    environment: Mapping[str, str] | None = None,
-) -> None:
-    """As :func:`run_config`, unless that was done: what was asked for stays beside ``output``.
-
-    Args:
-        bundle: folder name.
-        configs: ``inference.json`` or another, and overlays.
-        settings: what the command overrides.
-        output: folder of the results.
-        environment: of the process; default this one's.
+def run_once(bundle: str, configs: Sequence[str], settings: Mapping[str, Any], **options: Any) -> None:
+    """Do what :func:`run_config` does, unless it was done: what was asked for stays beside its ``output``.
 
     Raises:
         SystemExit: if the command fails, or if the folder holds the results of other settings.
     """
+    output: Path = options["output"]
     asked = json.loads(json.dumps({"bundle": bundle, "configs": list(configs), **settings}, default=str))
     record = output.with_name(f"{output.name}.settings.json")
     if output.exists():
@@ -81,4 +68,4 @@ def run_once(
         return
     probe_folder(output.parent)
     write_json(record, asked)
-    run_config(bundle, configs, settings, output=output, environment=environment)
+    run_config(bundle, configs, settings, **options)

@@ -134,11 +134,6 @@ def refinement_ratio(
 ) -> float:
     """:func:`through_plane_ratio` of a result with finer slices: a target that is coarser is refused.
 
-    Args:
-        affine: voxel-to-world matrix.
-        spacing_mm: wanted slice spacing; default the coarser in-plane spacing.
-        axis: array axis of the slices; default the one with the largest spacing.
-
     Raises:
         SettingError: if the ratio is below 1.
 
