@@ -72,12 +72,13 @@ class PreparePseudoThick:
         brightness: largest relative change of the image's scale.
         noise: largest standard deviation of Gaussian noise on the thick slices.
         seed: seed of the draws.
+        thin: also ask for the thin grid; False for a network of the thick slices alone.
 
     Shape:
         ``batch["image"]`` ``(B, 1, H, W, L)`` and foreground probabilities ``batch["label"]`` ``(B, K - 1, H, W, L)``,
         if known ``batch["uncertainty"]`` ``(B, 1, H, W, L)``, give inputs ``(B, 1, H, W, slices)`` and a mapping:
         ``thick`` ``(B, K, H, W, slices)``, ``thin`` ``(B, K, H, W, round(slices * ratio))``, ``uncertainty`` and
-        ``teacher_image`` ``(B, K, H, W, slices)``; then the keyword arguments ``scale`` and ``thickness``.
+        ``teacher_image`` ``(B, K, H, W, slices)``; then the keyword arguments ``scale``, ``thickness`` and ``thin``.
 
     Raises:
         SettingError: if a block is too short for the slices.
@@ -105,11 +106,12 @@ class PreparePseudoThick:
         brightness: float = 0.25,
         noise: float = 0.03,
         seed: int = 0,
+        thin: bool = True,
     ) -> None:
         self.ratio, self.thickness = _span(ratio), _span(thickness)
         self.slices, self.profile, self.phase = int(slices), profile, float(phase)
         self.gamma, self.brightness, self.noise = _span(gamma), float(brightness), float(noise)
-        self.random = np.random.default_rng(seed)
+        self.random, self.thin = np.random.default_rng(seed), bool(thin)
 
     def __call__(
         self,
@@ -149,12 +151,14 @@ class PreparePseudoThick:
         drawn = drawn.movedim(-1, 1).float()
         targets = {
             "thick": drawn,
-            "thin": probabilities[..., start : start + count],
             "teacher_image": torch.cat([thick, drawn[:, 1:]], dim=1),
         }
+        if self.thin:
+            targets["thin"] = probabilities[..., start : start + count]
         if "uncertainty" in given:
             targets["uncertainty"] = (given["uncertainty"] @ area).clamp(0, 1)
-        return self._with_noise(thick), targets, (), {"scale": ratio, "thickness": thickness}
+        asked = {"scale": ratio, "thickness": thickness, "thin": self.thin}
+        return self._with_noise(thick), targets, (), asked
 
     def _recontrast(self, image: Tensor) -> Tensor:
         exponent, gain = (

@@ -131,13 +131,19 @@ class ThickSegmentationLoss(nn.Module):
         self.last_terms = dict(zip(terms, values.detach().tolist(), strict=True))
         return values.sum()
 
-    def _pair(self, logits: Tensor, target: Mapping[str, Tensor], grid: str) -> tuple[Tensor, Tensor]:
+    def _pair(self, logits: Tensor | None, target: Mapping[str, Tensor], grid: str) -> tuple[Tensor, Tensor]:
         """Logits and class probabilities of one grid, in float32."""
         labels = target.get(grid)
-        if labels is None or logits.shape[1] != self.classes or labels.shape != logits.shape:
+        if (
+            logits is None
+            or labels is None
+            or logits.shape[1] != self.classes
+            or labels.shape != logits.shape
+        ):
+            given, wanted = (None if one is None else tuple(one.shape) for one in (logits, labels))
             raise SettingError(
                 f"the {grid} grid needs logits and labels of one shape with {self.classes} classes, "
-                f"got {tuple(logits.shape)} and {None if labels is None else tuple(labels.shape)}"
+                f"got {given} and {wanted}"
             )
         return logits.float(), labels.float()
 

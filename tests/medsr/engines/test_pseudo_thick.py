@@ -24,13 +24,21 @@ def batch(length: int = 40, classes: int = 1, **more) -> dict[str, torch.Tensor]
 def test_without_phase_the_middle_of_the_block_is_acquired():
     given = batch(20, uncertainty=torch.rand(2, 1, 6, 5, 20))
     inputs, targets, args, facts = plain(phase=0)(given)
-    assert (args, facts) == ((), {"scale": 4.0, "thickness": 1.0})
+    assert (args, facts) == ((), {"scale": 4.0, "thickness": 1.0, "thin": True})
     # The box is a little narrower than the slice: a voxel has a width of its own.
     assert torch.allclose(inputs, given["image"].unflatten(-1, (5, 4)).mean(-1), atol=0.06)
     assert torch.equal(targets["thin"][:, 1:], given["label"])
     assert torch.allclose(
         targets["uncertainty"], given["uncertainty"].unflatten(-1, (5, 4)).mean(-1), atol=1e-5
     )
+
+
+def test_a_network_of_the_thick_slices_alone_is_asked_for_nothing_thin():
+    both, alone = (plain(thin=thin)(batch()) for thin in (True, False))
+    assert torch.equal(both[0], alone[0])
+    assert both[1].keys() - alone[1].keys() == {"thin"}
+    assert all(torch.equal(both[1][key], value) for key, value in alone[1].items())
+    assert alone[3]["thin"] is False
 
 
 @pytest.mark.parametrize("phase", [0, 0.25, 0.5])

@@ -145,6 +145,15 @@ def test_one_call_gives_the_same_as_its_steps():
 
 
 @torch.inference_mode()
+def test_thin_logits_that_nobody_wants_are_left_out_and_the_rest_stays():
+    network, image = tiny(), stack(5)
+    whole, part = network(image, complete=True), network(image, complete=True, thin=False)
+    assert part.thin is None
+    assert torch.equal(part.thick, whole.thick)
+    assert torch.equal(part.feature, whole.feature)
+
+
+@torch.inference_mode()
 def test_the_stage_1_feature_is_the_encoder_s_first_coarse_one():
     network, image = tiny(), stack(4)
     assert network.size_multiple == (8, 8, 2)
