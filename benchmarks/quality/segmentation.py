@@ -6,7 +6,8 @@ For each subject the whole chain is run without it, by the bundles' own commands
 the others and makes their pseudo data; a network for the thick slices alone is trained, as published; and from it
 every variant, the network for thick slices too, goes on for the same number of iterations. All of them then segment
 the subject that none has seen, from the same simulated thick slices. A step that has been done is not done again, so
-that a run that was stopped goes on.
+that a run that was stopped goes on. A fold takes hours: the rows of a report stand beside it as JSON, and another run
+with the same settings and other ``--cases`` adds to them.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def main() -> None:
     )
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--only", nargs="*", help="these variants, 'ours' first")
-    parser.add_argument("--report", type=Path, help="also write the table as Markdown")
+    parser.add_argument(
+        "--report", type=Path, help="also write the table as Markdown, the rows of other cases in it kept"
+    )
     parser.add_argument(
         "--jobs", type=int, default=1, help="subjects at once, one thread each if more than 1"
     )
@@ -115,6 +118,8 @@ def main() -> None:
     write_json(output / "masks.json", {**setting, "rows": rows})
     print(mask_table(rows))
     if arguments.report:
+        setting |= {"study": arguments.study, "ratio": arguments.ratio, **budgets, "networks": list(variants)}
+        rows = with_earlier(arguments.report.with_suffix(".json"), setting, rows)
         head = HEAD.format(
             command=f"python -m benchmarks.quality.segmentation {arguments.study} ...",
             protocol=PROTOCOL,
@@ -124,6 +129,26 @@ def main() -> None:
             upper=UPPER_BOUND,
         )
         arguments.report.write_text(f"{head}\n{mask_table(rows)}\n")
+
+
+def with_earlier(
+    path: Path, setting: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Put rows into a file beside those of other cases that were made the same way, and return all.
+
+    Raises:
+        SystemExit: if the file was made with another setting.
+    """
+    found: dict[str, Any] = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**setting, "rows": []}
+    )
+    kept = found.pop("rows")
+    if found != setting:
+        raise SystemExit(f"{path}: was made with other settings; remove it or choose another report")
+    new = {row["case"] for row in rows}
+    merged = sorted([*rows, *(row for row in kept if row["case"] not in new)], key=lambda row: row["case"])
+    write_json(path, {**setting, "rows": merged})
+    return merged
 
 
 class Fold:

@@ -85,3 +85,17 @@ def test_steps_are_done_once_and_never_mixed_with_those_of_other_settings(comman
     shutil.rmtree(tmp_path / "out" / "glioma-3" / "ours")
     with pytest.raises(SystemExit, match=r"start: was made with other settings; remove it"):
         run("--start-iterations", "2000")
+
+
+def test_a_report_keeps_the_cases_of_earlier_runs_with_the_same_settings(tmp_path):
+    def rows(case: str, dice: float) -> list[dict[str, Any]]:
+        return [{"case": case, "network": name, "dice": dice} for name in ("ours", "plain")]
+
+    path, setting = tmp_path / "results.json", {"start": 1000, "networks": ["ours", "plain"]}
+    segmentation.with_earlier(path, setting, rows("b", 0.5))
+    segmentation.with_earlier(path, setting, rows("a", 0.6))
+    found = segmentation.with_earlier(path, setting, rows("b", 0.7))
+    assert found == json.loads(path.read_text())["rows"] == [*rows("a", 0.6), *rows("b", 0.7)]
+    with pytest.raises(SystemExit, match=r"results\.json: was made with other settings"):
+        segmentation.with_earlier(path, {**setting, "start": 2000}, rows("b", 0.9))
+    assert json.loads(path.read_text())["rows"] == found
