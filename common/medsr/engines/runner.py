@@ -290,7 +290,7 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
         raise SettingError(f"weights must be a path, got {path!r}")
     file = Path(path)
     if not file.is_file():
-        raise WeightsError(f"{file.name}: no such weight file; set --weights or reinstall the bundle")
+        raise WeightsError(f"{file.name}: no such weight file; give the path of one, or reinstall the bundle")
     if file.parent.name == "models":
         catalog.verify_weights(file.parent.parent, f"models/{file.name}")
     elif (file.parent / "SHA256SUMS").exists() and file.name in (
@@ -309,7 +309,7 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
         or set(state) != set(wanted)
         or not all(map(torch.is_tensor, state.values()))
     ):
-        raise WeightsError(f"{file.name}: made for another network; check --weights, scale and widths")
+        raise WeightsError(f"{file.name}: made for another network; check file, scale and widths")
     wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
     if wrong:
         raise WeightsError(

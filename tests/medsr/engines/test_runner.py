@@ -336,7 +336,7 @@ def test_no_weight_file_says_what_to_set(capsys):
 
 
 def test_a_weight_file_that_is_missing(tmp_path, capsys):
-    assert "model.pt: no such weight file; set --weights" in refused(capsys, tmp_path / "model.pt")
+    assert "model.pt: no such weight file; give the path" in refused(capsys, tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", None])
