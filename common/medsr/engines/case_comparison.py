@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy.typing as npt
+
 from medsr.engines.case_evaluator import one_line
 from medsr.errors import DataError, MedsrError, SettingError
+from medsr.geometry import RATIO_LIMIT, through_plane_ratio
 from medsr.io.writing import write_json
 from medsr.settings import as_number
 from medsr.transforms.thick_slices import ThickSliceParameters
@@ -40,7 +43,6 @@ class CaseComparison:
         self.cases, self.output = list(cases), output
         self.rows: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
-        # What is missing of a case that is compared otherwise.
         self.notes: dict[str, str] = {}
 
     def run(self) -> list[dict[str, Any]]:
@@ -66,6 +68,20 @@ class CaseComparison:
         if self.left_out:
             _log.error("%d of %d %s left out", len(self.left_out), len(self.cases), self.what)
             raise SystemExit(MedsrError.exit_code)
+
+    def note(self, case: str, text: str) -> None:
+        """Say beside the rows of a case, and in the log, what to know about them."""
+        self.notes[case] = text
+        _log.warning("%s: %s", case, text)
+
+    def note_thick_truth(self, case: str, affine: npt.ArrayLike) -> None:
+        """Note that a volume, slices last, has thick slices itself: it is no truth for thinner ones."""
+        ratio = through_plane_ratio(affine, axis=2)
+        if ratio >= RATIO_LIMIT:
+            self.note(
+                case,
+                f"its own slices are {ratio:g} times as far apart as its pixels: the truth is no finer than that",
+            )
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
         """Rows of one case."""

@@ -118,6 +118,7 @@ class ThroughPlaneComparison(CaseComparison):
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
         """One row per setting and method."""
         volume = self._volume(case["image"])
+        self.note_thick_truth(case["case"], volume.affine)
         return [
             row
             for ratio in self.ratios

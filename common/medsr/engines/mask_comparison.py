@@ -100,6 +100,7 @@ class MaskComparison(CaseComparison):
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
         item = self._load(dict(case))
+        self.note_thick_truth(case["case"], item["image"].affine)
         ratio = self.parameters.ratio
         image = acquire_whole_slabs(item["image"], self.parameters)
         label = acquire_whole_slabs(item["label"], self.parameters, is_label=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,8 +20,6 @@ from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
 from medsr.transforms.stereo import AlignRowsd, JoinViewsd
 
 __all__ = ["LEFT_CROP", "StereoComparison"]
-
-_log = logging.getLogger(__name__)
 
 LEFT_CROP = 64
 """Left columns that the older protocol leaves out: they have no match in the right view."""
@@ -107,8 +104,7 @@ class StereoComparison(CaseComparison):
         truth = row_disparity(sharp)
         least = LEFT_CROP + SSIM_TAPS
         if size[1] < least:
-            self.notes[case["case"]] = f"{size[1]} px wide: {_LEFT} needs {least}, and is left out"
-            _log.warning("%s: %s", case["case"], self.notes[case["case"]])
+            self.note(case["case"], f"{size[1]} px wide: {_LEFT} needs {least}, and is left out")
         rows = []
         for method, result in results.items():
             common = {

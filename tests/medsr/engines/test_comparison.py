@@ -212,6 +212,18 @@ def test_an_unreadable_case_is_left_out(phantom, tmp_path, caplog):
     assert list(json.loads((tmp_path / "out.json").read_text())["left_out"]) == ["bad"]
 
 
+def test_thick_slices_that_are_taken_as_the_truth_are_noted(tmp_path):
+    volume, affine = head(30)
+    cases = []
+    for name, thickness in (("thin", 1.0), ("thick", 2.5)):
+        write_nifti(tmp_path / f"{name}.nii.gz", volume, affine=affine @ np.diag([1, 1, thickness, 1]))
+        cases.append({"image": str(tmp_path / f"{name}.nii.gz"), "case": name})
+    found = ThroughPlaneComparison(cases, None, SETTINGS, ratios=(2,))
+    found.run()
+    assert list(found.notes) == ["thick"]
+    assert "2.5 times as far apart" in found.notes["thick"]
+
+
 def test_a_case_that_fails_in_the_comparison_does_not_end_it(phantom, tmp_path):
     values, affine = head(16)
     write_nifti(tmp_path / "short.nii.gz", values[..., :3], affine=affine)

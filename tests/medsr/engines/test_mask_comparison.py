@@ -158,6 +158,17 @@ def test_a_gap_and_a_ratio_that_is_no_whole_number(folder):
         assert max(values) - min(values) < 0.04, key
 
 
+def test_thick_slices_that_are_taken_as_the_truth_are_noted(folder):
+    for part, dtype in (("images", np.float32), ("labels", np.uint8)):
+        values = read_nifti(folder / part / "a.nii.gz")[0]
+        write_nifti(
+            folder / part / "a.nii.gz", values.astype(dtype), affine=np.diag([1.0, 1, 3, 1]), dtype=dtype
+        )
+    found = compare(folder)
+    assert list(found.notes) == ["a"]
+    assert "3 times as far apart" in found.notes["a"]
+
+
 def test_a_bad_case_is_left_out_and_ends_the_run_with_a_status(folder, caplog):
     write_nifti(
         folder / "labels" / "a.nii.gz", np.zeros((5, 5, 5), np.uint8), affine=np.eye(4), dtype=np.uint8
