@@ -56,8 +56,9 @@ def seed_everything(seed: int) -> int:
 def resolved_config() -> Mapping[str, Any]:
     """What MONAI has made of the config so far, by id; to be called in an expression of that config.
 
-    The mapping grows while the config is resolved. When a trainer calls its handlers, it holds whatever the trainer was
-    made of, however the config was run and changed: a list of settings in each config would miss the next one.
+    The mapping grows while the config is resolved. When a trainer calls its handlers, it holds all settings that the
+    trainer was made of by reference; a value that stands inside a component is not among them. A list of settings in
+    each config would miss the next one.
 
     Raises:
         SettingError: if it is not called by a config.
@@ -272,9 +273,15 @@ def end_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def distributed(network: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a module so that gradients are averaged over the processes; one without any stays as it is."""
+def distributed(network: nn.Module, device: torch.device, *, unused: bool = False) -> nn.Module:
+    """Wrap a module so that gradients are averaged over the processes; one without any stays as it is.
+
+    Args:
+        network: the module.
+        device: of this process.
+        unused: some parameters get no gradient, because the loss leaves out what they are for.
+    """
     if not any(parameter.requires_grad for parameter in network.parameters()):
         return network
     devices = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(network, device_ids=devices)
+    return nn.parallel.DistributedDataParallel(network, device_ids=devices, find_unused_parameters=unused)
