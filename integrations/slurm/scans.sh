@@ -20,9 +20,15 @@ if [ ! -d "$scans" ]; then
 fi
 
 # A process takes all cores of a node unless it is told.
-export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+    export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
+fi
 tasks="${SLURM_ARRAY_TASK_COUNT:-1}"
 mine=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))
+if [ "$mine" -ge "$tasks" ]; then
+    echo "the array must be a range, such as 0-9, and no list: nobody would take the scans between" >&2
+    exit 4
+fi
 
 number=0
 failed=0
