@@ -20,6 +20,9 @@ __all__ = ["ClassesToChannelsd", "SameGridd", "drawn_classes", "with_background"
 GRID_TOLERANCE_MM = 1e-2
 """How far the corner voxels of two grids may lie apart and still be one grid: headers are rounded."""
 
+_ROUNDING = 1e-3
+"""A stored scale factor may turn 1 into 0.9999999."""
+
 
 class SameGridd(MapTransform):
     """Refuse a mask that does not lie on the grid of its image.
@@ -84,7 +87,7 @@ class ClassesToChannelsd(MapTransform):
         ``(1, X, Y, Z)`` to ``(len(classes), X, Y, Z)``.
 
     Raises:
-        DataError: if the mask holds a value that no class declares.
+        DataError: if the mask holds a value that no class declares, or without classes one above 1.
         SettingError: if a value is declared twice or as foreground 0.
 
     Example:
@@ -114,14 +117,19 @@ class ClassesToChannelsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Split every key."""
         result = dict(data)
-        if self.classes is None:
-            return result
         for key in self.key_iterator(result):
             mask = result[key]
+            if self.classes is None:
+                highest = float(mask.max())
+                if highest > 1 + _ROUNDING:
+                    raise DataError(
+                        f"{loaded_name(mask, key)}: value {highest:g} is no probability; set classes, such as "
+                        f"{{'tumour': [{highest:g}]}}"
+                    )
+                continue
             declared = [value for values in self.classes.values() for value in values]
             values = mask[:1].as_tensor() if isinstance(mask, MetaTensor) else mask[:1]
-            # A stored scale factor may turn 1 into 0.9999999.
-            whole = torch.where((values - values.round()).abs() < 1e-3, values.round(), values)
+            whole = torch.where((values - values.round()).abs() < _ROUNDING, values.round(), values)
             foreign = [value for value in torch.unique(whole).tolist() if value not in (0, *declared)]
             if foreign:
                 raise DataError(

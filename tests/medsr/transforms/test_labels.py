@@ -78,6 +78,18 @@ def test_a_value_of_no_class_is_named(value):
         channels([0.0, 1.0, value])
 
 
+def test_values_of_a_drawn_mask_do_not_pass_for_probabilities():
+    split = ClassesToChannelsd("label", None)
+    mask = volume((2, 1, 1))
+    mask[0, :, 0, 0] = torch.tensor([0.25, 1.0000001])
+    assert split({"label": mask})["label"] is mask
+    mask[0, 0, 0, 0] = 4
+    with pytest.raises(
+        DataError, match=r"a\.nii\.gz: value 4 is no probability; set classes, such as \{'tumour': \[4\]\}"
+    ):
+        split({"label": mask})
+
+
 @pytest.mark.parametrize("classes", [{}, {"a": [0]}, {"a": [1], "b": [1, 2]}])
 def test_classes_that_cannot_be_told_apart_are_refused(classes):
     with pytest.raises(SettingError, match="distinct values"):
