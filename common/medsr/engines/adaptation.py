@@ -12,11 +12,9 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from medsr.engines.self_training import SelfTraining
-from medsr.errors import OutputError
 from medsr.handlers.training import save_weights
 from medsr.inferers.volume import MIN_SLICES, VolumeInferer
 from medsr.io.cases import case_name
-from medsr.settings import as_flag
 
 __all__ = ["AdaptingInferer"]
 
@@ -34,15 +32,12 @@ class AdaptingInferer(VolumeInferer):
     Args:
         training: budget and settings of the adaptation.
         weights_dir: folder for ``<case>_adapted.pt``, one file per volume, named after the file that it was read from
-            as the results are, or ``scan`` without one; None saves nothing.
-        overwrite: replace weights of an earlier run.
+            as the results are, or ``scan`` without one; those of an earlier run are replaced, and the warnings say so.
+            None saves nothing.
         **settings: of :class:`~medsr.inferers.volume.VolumeInferer`.
 
     Shape:
         as :class:`~medsr.inferers.volume.VolumeInferer`.
-
-    Raises:
-        OutputError: before the training, if the weights of such a case are there already.
 
     Example:
         >>> AdaptingInferer(SelfTraining(minutes=1)).training.minutes
@@ -53,27 +48,27 @@ class AdaptingInferer(VolumeInferer):
         self,
         training: SelfTraining,
         weights_dir: str | Path | None = None,
-        *,
-        overwrite: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self.training, self.weights_dir = training, None if weights_dir is None else Path(weights_dir)
-        self.overwrite = as_flag("overwrite", overwrite)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Adapt to the first channel, then super-resolve all channels."""
         if inputs.shape[-1] < MIN_SLICES:
             return super().__call__(inputs, network)
-        path = self._weights_path(inputs)
         _log.info("adapting to the scan")
         adapted = self._adapted(inputs, network)
+        warnings = list(self.training.warnings)
+        path = self._weights_path(inputs)
         if path is not None:
+            if path.exists():
+                warnings.append(f"{path.name} of an earlier run was replaced")
             path.parent.mkdir(parents=True, exist_ok=True)
             save_weights(adapted.state_dict(), path)
         result = super().__call__(inputs, adapted)
         self.facts["adaptation"] = dict(self.training.done)
-        self.facts["warnings"] = [*self.facts["warnings"], *self.training.warnings]
+        self.facts["warnings"] += warnings
         return result
 
     def _weights_path(self, inputs: Tensor) -> Path | None:
@@ -83,12 +78,7 @@ class AdaptingInferer(VolumeInferer):
         source = getattr(inputs, "meta", {}).get("filename_or_obj", "scan")
         # A loader makes a list of what the volumes of a batch hold.
         source = source[0] if isinstance(source, (list, tuple)) else source
-        path = self.weights_dir / f"{case_name(source)}_adapted.pt"
-        if path.exists() and not self.overwrite:
-            raise OutputError(
-                f"{path.name}: is there already; choose another adapted_weights_dir or set overwrite to true"
-            )
-        return path
+        return self.weights_dir / f"{case_name(source)}_adapted.pt"
 
     def _adapted(self, inputs: Tensor, network: nn.Module) -> nn.Module:
         ratio, thickness, _ = self._acquisition(inputs)

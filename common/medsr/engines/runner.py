@@ -138,7 +138,6 @@ def preflight(
     spacing_mm: float | None = None,
     thin_volumes: int = 0,
     report: RunReport | None = None,
-    adapted_weights_dir: str | Path | None = None,
     find: Callable[..., list[dict[str, str]]] | None = None,
     inspect: Callable[[Mapping[str, str]], Any] | None = None,
 ) -> int:
@@ -159,8 +158,6 @@ def preflight(
         thin_volumes: float32 volumes on thin slices that a case leaves behind; the disk must have room for them.
         report: of the run; cases that an earlier run has finished are then passed over, see
             :meth:`~medsr.handlers.case_output.RunReport.pending`.
-        adapted_weights_dir: where weights that are adapted to the cases will go; those of an earlier run are refused
-            unless the run may replace results.
         find: lists the cases behind ``dataset_dir``; default volumes in slices.
         inspect: reads the headers of a case and raises what is wrong with them; default that of volumes in slices.
 
@@ -183,8 +180,6 @@ def preflight(
             len(cases),
             Path(output_dir).name,
         )
-    if adapted_weights_dir and not (report and report.output and report.output.overwrite):
-        _refuse_adapted(pending, Path(adapted_weights_dir))
     if network is not None:
         check_weights(weights, network)
     if spacing_mm is not None:
@@ -193,6 +188,7 @@ def preflight(
     for case in pending:
         try:
             if "error" in case:
+                # What is not among the inputs was found among the results.
                 raise (DataError if case in cases else OutputError)(case["error"])
             if inspect:
                 inspect(case)
@@ -209,17 +205,6 @@ def preflight(
         raise reasons[0]
     _refuse_full_disk(output_dir, needed)
     return len(pending) - len(reasons)
-
-
-def _refuse_adapted(cases: Sequence[Mapping[str, str]], folder: Path) -> None:
-    """Refuse to replace adapted weights before the first of them are trained."""
-    names = [f"{case['case']}_adapted.pt" for case in cases if "error" not in case]
-    existing = [name for name in names if (folder / name).exists()]
-    if existing:
-        raise OutputError(
-            f"{existing[0]}: is there already ({len(existing)} of {len(names)} files); choose another "
-            "adapted_weights_dir or set overwrite to true"
-        )
 
 
 def _refuse_same_folder(inputs: Sequence[str | Path], output_dir: str | Path) -> None:

@@ -24,6 +24,7 @@ from medsr import catalog
 from medsr.errors import MedsrError, OutputError
 from medsr.geometry import spacing_of
 from medsr.handlers.qc_figure import superres_figure
+from medsr.io.cases import input_digest
 from medsr.io.writing import write_figure, write_json, write_nifti
 from medsr.settings import as_flag
 
@@ -127,11 +128,10 @@ class CaseOutput:
         """Register behind the postprocessing."""
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
 
-    def present(self, case: str) -> tuple[list[str], list[str]]:
-        """Names of the results and figures of a case that are there already, and of those that are not."""
+    def present(self, case: str) -> list[str]:
+        """Names of the results and figures of a case that are there already."""
         names = [*self._names(case).values(), *self._figures(case)]
-        there = [name for name in names if (self.output_dir / name).exists()]
-        return there, [name for name in names if name not in there]
+        return [name for name in names if (self.output_dir / name).exists()]
 
     def __call__(self, engine: Engine) -> None:
         """Write the case that was just processed."""
@@ -183,8 +183,9 @@ class RunReport:
     """Leaves ``report.json``: versions, hashes, device, and per case geometry, time, warnings or the reason of failure.
 
     It is rewritten after each case, so that an interrupted run has one too. File names of the inputs appear, their
-    folders and contents do not. Cases of earlier runs into the same folder stay in it, as long as their files are
-    there and they are not run again; ``earlier_run`` tells when that was, and in what it differed from this run.
+    folders and contents do not; ``input_digest`` tells an input from another one of its name. Cases of earlier runs
+    into the same folder stay in it, as long as their files are there and they are not run again; ``earlier_run`` tells
+    when that was, and in what it differed from this run.
 
     Args:
         output_dir: folder of the results.
@@ -218,6 +219,7 @@ class RunReport:
         self.hashes = {name: _sha256(path) for name, path in files.items()}
         self.cases: dict[str, dict[str, Any]] = {}
         self._earlier: dict[str, dict[str, Any]] | None = None
+        self._digests: dict[str, str] = {}
         self._since = time.monotonic()
         self._device = "cpu"
 
@@ -238,13 +240,14 @@ class RunReport:
     def pending(self, items: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
         """Those of the items that are still to do: what an interrupted run has finished is left as it is.
 
-        A case is finished if the report of that run says so, or all its files are there: files appear whole. If only
-        some are there, nobody knows whose they are: the case gets the key ``error`` and fails, unless ``overwrite`` is
-        set.
+        A case is finished if the report of that run says so, its files are there, and the input is the same. Of other
+        files of its name nobody knows what they were made of: the case gets the key ``error`` and fails, unless
+        ``overwrite`` is set.
 
         Raises:
             OutputError: if a finished case was made with other settings, weights or configs.
         """
+        self._digests |= {item["case"]: input_digest(item) for item in items if "error" not in item}
         if self.output is None or self.output.overwrite:
             return list(items)
         earlier = _earlier_cases(self.output_dir / "report.json", self._conditions())
@@ -253,16 +256,18 @@ class RunReport:
             if "error" in item:
                 left.append(item)
                 continue
-            there, missing = self.output.present(item["case"])
-            if item["case"] in earlier:
-                self._refuse_mixture(item["case"], earlier[item["case"]]["earlier_run"])
-            elif there and missing:
-                reason = (
-                    f"{there[0]}: is there already, but no {missing[0]}; remove it, choose another output folder or "
-                    "set overwrite to true"
+            case, there = item["case"], self.output.present(item["case"])
+            if case in earlier and earlier[case].get("input_digest") in (None, self._digests[case]):
+                self._refuse_mixture(case, earlier[case]["earlier_run"])
+            elif there:
+                why = (
+                    "made of another input of this name"
+                    if case in earlier
+                    else "but in no report as finished"
                 )
+                reason = f"{there[0]}: is there already, {why}; choose another output folder or set overwrite to true"
                 left.append({**item, "error": reason})
-            elif missing:
+            else:
                 left.append(item)
         return left
 
@@ -340,6 +345,7 @@ class RunReport:
             self.cases[case] = {
                 "status": "done",
                 "input": Path(str(image.meta.get("filename_or_obj", case))).name,
+                **({"input_digest": self._digests[case]} if case in self._digests else {}),
                 **self.describe(item),
                 "seconds": round(time.monotonic() - self._since, 1),
                 "files": self.output.written.get(case, []) if self.output else [],

@@ -6,7 +6,6 @@ import pytest
 import torch
 from medsr.engines.adaptation import AdaptingInferer
 from medsr.engines.self_training import SelfTraining
-from medsr.errors import OutputError
 from medsr.inferers.volume import VolumeInferer
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.phantoms import head
@@ -76,19 +75,16 @@ def test_every_scan_starts_from_the_shipped_weights(scan, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["T1_left_adapted.pt", "other_adapted.pt"]
 
 
-def test_weights_of_an_earlier_run_are_replaced_only_when_asked(scan, tmp_path):
+def test_weights_of_an_earlier_run_are_replaced_and_the_warnings_say_so(scan, tmp_path):
     shipped, saved = network(), tmp_path / "T1_left_adapted.pt"
-    AdaptingInferer(short(), tmp_path, **SETTINGS)(scan, shipped)
+    run = AdaptingInferer(short(), tmp_path, **SETTINGS)
+    run(scan, shipped)
     before = saved.read_bytes()
-    training = short()
-    training.learning_rate *= 2
-    with pytest.raises(OutputError, match=r"^T1_left_adapted\.pt: is there already; .*overwrite"):
-        AdaptingInferer(training, tmp_path, **SETTINGS)(scan, shipped)
-    # Refused before minutes of training.
-    assert training.done == {}
-    assert saved.read_bytes() == before
-    AdaptingInferer(training, tmp_path, overwrite=True, **SETTINGS)(scan, shipped)
+    assert run.facts["warnings"] == []
+    run.training.learning_rate *= 2
+    run(scan, shipped)
     assert saved.read_bytes() != before
+    assert run.facts["warnings"] == ["T1_left_adapted.pt of an earlier run was replaced"]
 
 
 def test_a_volume_without_a_file_is_a_scan(scan, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,31 +135,30 @@ def test_no_weights_at_all_are_refused(capsys, data, tmp_path):
 # --- preflight ----------------------------------------------------------------------------------------------------
 
 
-def test_finished_cases_are_passed_over_and_adapted_weights_protected(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_what_lies_in_the_output_folder_and_in_no_report_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, adapted = tmp_path / "out", tmp_path / "adapted"
+    out = tmp_path / "out"
     out.mkdir()
-    adapted.mkdir()
-    for name in ("a_superres", "a_uncertainty"):
-        (out / f"{name}.nii.gz").touch()
-    report = RunReport(out, output=CaseOutput(out, figure=False))
-    with caplog.at_level(logging.INFO):
-        assert preflight(str(data), out, report=report, adapted_weights_dir=adapted) == 1
-    assert "1 of 2 cases are in out already and stay as they are" in caplog.text
-    (adapted / "a_adapted.pt").touch()
-    assert preflight(str(data), out, report=report, adapted_weights_dir=adapted) == 1
-    (adapted / "b_adapted.pt").touch()
-    code, line = failure(capsys, preflight, str(data), out, report=report, adapted_weights_dir=adapted)
-    assert code == OutputError.exit_code
-    assert "b_adapted.pt: is there already (1 of 1 files)" in line
-    overwriting = RunReport(out, output=CaseOutput(out, overwrite=True))
-    assert preflight(str(data), out, report=overwriting, adapted_weights_dir=adapted) == 2
     (out / "b_superres.nii.gz").touch()
-    (out / "a_superres.nii.gz").unlink()
+    report = RunReport(out, output=CaseOutput(out, figure=False))
+    assert preflight(str(data), out, report=report) == 1
     code, line = failure(capsys, preflight, str(data / "b.nii.gz"), out, report=report)
     assert code == OutputError.exit_code
-    assert "b_superres.nii.gz: is there already, but no b_uncertainty.nii.gz" in line
+    assert "b_superres.nii.gz: is there already, but in no report as finished" in line
+    overwriting = RunReport(out, output=CaseOutput(out, overwrite=True))
+    assert preflight(str(data), out, report=overwriting) == 2
+
+
+def test_finished_cases_are_passed_over(data, tmp_path, caplog):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a_superres.nii.gz").touch()
+    done = {"cases": {"a": {"status": "done", "files": ["a_superres.nii.gz"]}}}
+    (out / "report.json").write_text(json.dumps(done))
+    with caplog.at_level(logging.INFO):
+        assert preflight(str(data), out, report=RunReport(out, output=CaseOutput(out, figure=False))) == 1
+    assert "1 of 2 cases are in out already and stay as they are" in caplog.text
 
 
 def test_good_inputs_are_counted(data, tmp_path, weights):

@@ -84,7 +84,7 @@ def test_a_file_with_the_name_of_a_figure_is_not_replaced_without_being_told_to(
     (tmp_path / "a_qc.png").write_bytes(b"a photograph of the user")
     items = [{"case": "a"}, {"case": "b"}]
     first, second = pending(tmp_path, items)
-    assert first["error"].startswith("a_qc.png: is there already, but no a_superres.nii.gz; remove it")
+    assert first["error"].startswith("a_qc.png: is there already, but in no report as finished; choose")
     assert second == {"case": "b"}
     assert pending(tmp_path, items, figure=False) == items
     assert pending(tmp_path, items, overwrite=True) == items
@@ -470,11 +470,35 @@ def test_what_an_interrupted_run_has_finished_is_not_done_again(tmp_path):
     # It drew no figure, and said so in its report.
     assert pending(tmp_path, items) == items[1:]
     assert pending(tmp_path, items, overwrite=True) == items
-    # Whole results count without a report.
-    (tmp_path / "report.json").unlink()
-    assert pending(tmp_path, items, figure=False) == items[1:]
-    run_of(tmp_path, "a", "b")
+    run_of(tmp_path, "b")
     assert pending(tmp_path, items[:2]) == []
+    # Without a report nobody knows by which settings results were made.
+    (tmp_path / "report.json").unlink()
+    found = pending(tmp_path, items)
+    assert found[0]["error"].startswith("a_superres.nii.gz: is there already, but in no report as finished")
+    assert [one["case"] for one in found] == ["a", "b", "c"]
+
+
+def test_another_input_of_the_same_name_is_not_taken_for_the_finished_one(tmp_path):
+    def scan(folder: str, seed: int) -> dict[str, str]:
+        path = tmp_path / folder / "a.nii"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(np.random.default_rng(seed).bytes(300_000))
+        return {"case": "a", "image": str(path)}
+
+    out = tmp_path / "out"
+    first = RunReport(out, SHAPING, output=CaseOutput(out, figure=False))
+    assert first.pending([scan("one", 0)]) == [scan("one", 0)]
+    first.output.write(item(), FACTS)
+    first._record(engine_of(item()))
+    first(engine_of())
+    # A copy elsewhere is the same input.
+    assert pending(out, [scan("one", 0)]) == pending(out, [scan("copy", 0)]) == []
+    (found,) = pending(out, [scan("other", 1)])
+    assert found["error"].startswith(
+        "a_superres.nii.gz: is there already, made of another input of this name"
+    )
+    assert pending(out, [scan("other", 1)], overwrite=True) == [scan("other", 1)]
 
 
 def test_results_of_other_settings_or_weights_are_not_taken_for_these(tmp_path):
@@ -503,15 +527,14 @@ def test_a_layout_of_folders_and_what_is_left_to_do(tmp_path):
     report = RunReport(tmp_path / "pseudo", output=output)
     assert report.pending(items) == items
     output.write(item("a"), FACTS)
+    report._record(engine_of(item("a")))
+    report(engine_of())
     assert files(tmp_path / "pseudo" / "images") == ["a.nii.gz"]
     assert output.written["a"] == ["images/a.nii.gz", "uncertainty/a.nii.gz"]
     assert report.pending(items) == [{"case": "b"}]
     # Half of a case is not a case.
     (tmp_path / "pseudo" / "uncertainty" / "a.nii.gz").unlink()
-    assert "images/a.nii.gz: is there already, but no uncertainty/" in report.pending(items)[0]["error"]
-    output.write(item("a"), FACTS)
-    output.write(item("b"), FACTS)
-    assert report.pending(items) == []
+    assert report.pending(items)[0]["error"].startswith("images/a.nii.gz: is there already, but in no report")
 
 
 def test_whole_numbers_are_stored_as_such(tmp_path):

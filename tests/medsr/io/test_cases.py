@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from medsr.errors import DataError, SettingError
-from medsr.io.cases import case_name, find_cases, find_labelled_cases, inspect_case, read_case
+from medsr.io.cases import case_name, find_cases, find_labelled_cases, input_digest, inspect_case, read_case
 
 
 def refused(source, fragment):
@@ -254,3 +254,30 @@ def test_a_further_folder_is_used_if_it_is_there(labelled):
     (labelled / "uncertainty" / "b.nii.gz").touch()
     items = find_labelled_cases(labelled, optional=["uncertainty"])
     assert [Path(item["uncertainty"]).name for item in items] == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_a_series_is_known_by_all_of_its_slices(tmp_path):
+    def digest(**slices: bytes) -> str:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        for name, content in slices.items():
+            (tmp_path / name).write_bytes(content)
+        return input_digest({"case": "a", "image": str(tmp_path)})
+
+    found = [digest(a=b"1", b=b"2"), digest(a=b"1", b=b"3"), digest(a=b"1"), digest(a=b"1", c=b"2")]
+    assert len(set(found)) == 4
+    assert digest(b=b"2", a=b"1") == found[0]
+
+
+def test_a_file_is_known_by_its_middle_too_and_not_by_where_it_lies(tmp_path):
+    def digest(folder: str, content: bytes) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / "scan.nii"
+        path.write_bytes(content)
+        return input_digest({"case": "scan", "image": str(path)})
+
+    air = bytes(400_000)
+    head = air[:200_000] + b"head" + air[200_004:]
+    assert digest("one", head) == digest("other", head)
+    assert digest("one", head) != digest("one", air)
+    assert digest("one", air) != digest("one", air + b"0")
