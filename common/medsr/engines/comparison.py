@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -23,7 +23,7 @@ from medsr.errors import SettingError
 from medsr.geometry import rescaled_affine, spacing_of
 from medsr.inferers.planes import PlaneAverageInferer
 from medsr.inferers.volume import VolumeInferer, make_consistent
-from medsr.io.cases import read_case
+from medsr.io.loading import LoadVolumed
 from medsr.networks.layout import channels_last
 from medsr.networks.wdsr import PlaneSRNet
 from medsr.resampling import interpolation_matrix
@@ -72,6 +72,7 @@ class ThroughPlaneComparison(CaseComparison):
         plane_minutes: train the SMORE-like network on each scan for so long; 0 leaves the method out.
         adapt: adaptation of the network to each scan; None leaves the method out.
         axis: anatomical axis of the slices, as one of ``SI``, ``AP``, ``LR``.
+        load: makes an image of an item's path, as :class:`~medsr.io.loading.LoadVolumed` does.
         output: file of the results, JSON.
         device: where to compute.
 
@@ -99,6 +100,7 @@ class ThroughPlaneComparison(CaseComparison):
         plane_minutes: float = 0.0,
         adapt: SelfTraining | None = None,
         axis: str = "SI",
+        load: Callable[[Mapping[Hashable, Any]], Mapping[Hashable, Any]] | None = None,
         output: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -112,7 +114,7 @@ class ThroughPlaneComparison(CaseComparison):
         self.plane_minutes, self.adapt = as_number("plane_minutes", plane_minutes), adapt
         if axis not in _AXES:
             raise SettingError(f"slice_axis must be {', '.join(_AXES[:-1])} or {_AXES[-1]}, got {axis!r}")
-        self.axis = axis
+        self.axis, self.load = axis, load or LoadVolumed("image")
         self.device = torch.device(device)
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -133,11 +135,8 @@ class ThroughPlaneComparison(CaseComparison):
         """Unit intensities, slice axis last."""
         import nibabel as nib
 
-        array, header = read_case(path)
-        image = MetaTensor(
-            torch.from_numpy(np.ascontiguousarray(array))[None], affine=torch.as_tensor(header.affine)
-        )
-        codes = nib.orientations.aff2axcodes(header.affine)
+        image = self.load({"image": path})["image"]
+        codes = nib.orientations.aff2axcodes(np.asarray(image.affine))
         last = next(i for i, code in enumerate(codes) if code in self.axis)
         image = permute_spatial(image, [i for i in range(3) if i != last] + [last])
         return PercentileToUnitd("image")({"image": image})["image"]
