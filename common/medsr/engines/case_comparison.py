@@ -56,7 +56,7 @@ class CaseComparison:
             except Exception as error:
                 self.left_out[case["case"]] = one_line(error)
                 _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
-            if self.output and self.rows:
+            if self.output:
                 found = {**self.header, "rows": self.rows, "left_out": self.left_out, "notes": self.notes}
                 write_json(self.output, found)
         if self.rows:

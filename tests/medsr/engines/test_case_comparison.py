@@ -48,10 +48,12 @@ def test_a_case_that_is_known_to_be_bad_is_left_out():
     assert comparison.left_out == {"a.nii": "a.nii and a.nii.gz have one name"}
 
 
-def test_without_any_row_nothing_is_written(tmp_path):
+def test_rows_of_an_earlier_run_do_not_pass_for_those_of_one_without_any(tmp_path):
+    Lengths([{"case": "good"}], tmp_path / "rows.json").run()
     comparison = Lengths([{"case": "bad"}], tmp_path / "rows.json")
     assert comparison.run() == []
-    assert list(tmp_path.iterdir()) == []
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert (found["rows"], list(found["left_out"])) == ([], ["bad"])
 
 
 def test_a_second_run_starts_anew_and_a_clean_one_ends_well():
