@@ -77,8 +77,9 @@ class PreparePseudoThick:
     Shape:
         ``batch["image"]`` ``(B, 1, H, W, L)`` and foreground probabilities ``batch["label"]`` ``(B, K - 1, H, W, L)``,
         if known ``batch["uncertainty"]`` ``(B, 1, H, W, L)``, give inputs ``(B, 1, H, W, slices)`` and a mapping:
-        ``thick`` ``(B, K, H, W, slices)``, ``thin`` ``(B, K, H, W, round(slices * ratio))``, ``uncertainty`` and
-        ``teacher_image`` ``(B, K, H, W, slices)``; then the keyword arguments ``scale``, ``thickness`` and ``thin``.
+        ``thick`` ``(B, K, H, W, slices)``, if asked for ``thin`` ``(B, K, H, W, round(slices * ratio))``,
+        ``uncertainty`` and ``teacher_image`` ``(B, K, H, W, slices)``; then the keyword arguments ``scale``,
+        ``thickness`` and ``thin``.
 
     Raises:
         SettingError: if a block is too short for the slices.

@@ -19,6 +19,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from medsr.engines.prepare_batch import PrepareThickSlices
+from medsr.errors import SettingError
 from medsr.handlers.training import BudgetSchedule, GradientGuard
 from medsr.losses.uncertainty import UncertaintyAwareLoss
 from medsr.metrics.volume import head_mask
@@ -129,6 +130,8 @@ class SelfTraining:
             planes: the network takes planes; each of the ``W`` planes of a block is an example.
             device: where to train.
         """
+        if self.minutes is None and self.iterations is None:
+            raise SettingError("an adaptation needs an end: give minutes, iterations, or both")
         device = torch.device(device)
         with _seeded(self.seed, device):
             return self._trained(

@@ -63,7 +63,7 @@ class RecycleDormantUnits:
         optimizer: torch.optim.Optimizer | None = None,
         average: nn.Module | None = None,
     ) -> None:
-        self.at = set(as_whole_list("recycle_at", at, 1)) if len(at) else set()
+        self.at = set(as_whole_list("recycle_at", at, 1))
         self.network, self.optimizer, self.average = network, optimizer, average
         self.recycled = 0
         self._answered: dict[str, Tensor] = {}
@@ -90,12 +90,14 @@ class RecycleDormantUnits:
 
     def __call__(self, engine: Engine) -> None:
         """Recycle, if it is time to."""
-        if engine.state.iteration not in self.at:
-            return
-        count = sum(self._recycle(*names) for names in _pairs(self.network))
-        self.recycled += count
-        self._answered.clear()
-        _log.info("iteration %d: %d channels that never answered start anew", engine.state.iteration, count)
+        if engine.state.iteration in self.at:
+            count = sum(self._recycle(*names) for names in _pairs(self.network))
+            self.recycled += count
+            self._answered.clear()
+            _log.info(
+                "iteration %d: %d channels that never answered start anew", engine.state.iteration, count
+            )
+        # A resumed training may be behind them all.
         if engine.state.iteration >= max(self.at):
             self._leave(engine)
 

@@ -28,6 +28,7 @@ from medsr.errors import SettingError, WeightsError
 from medsr.handlers.recycling import RecycleDormantUnits
 from medsr.handlers.training import BudgetSchedule, RunRecord
 from medsr.io.writing import atomic_path
+from medsr.settings import as_flag
 
 __all__ = ["TrainingState"]
 
@@ -73,8 +74,8 @@ class TrainingState:
             ``true`` as it was typed.
         minutes: time between two savings.
         config: more of such settings, among whatever else a config was made into, see
-            :func:`~medsr.engines.training.resolved_config`. Names of components, folders, and what changes how fast a
-            training runs and how long, but not how, are passed over.
+            :func:`~medsr.engines.training.resolved_config`. Components with the values that stand inside them, folders,
+            and what changes how fast a training runs and how long, but not how, are passed over.
 
     Raises:
         SettingError: before the first step, if there is no state, it was made with other settings or images, for
@@ -103,9 +104,7 @@ class TrainingState:
         minutes: float = 2.0,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        if str(resume).lower() not in ("true", "false"):
-            raise SettingError(f"resume must be true or false, got {resume!r}")
-        self.path, self.resume, self.minutes = Path(path), str(resume).lower() == "true", float(minutes)
+        self.path, self.resume, self.minutes = Path(path), as_flag("resume", resume), float(minutes)
         self.settings, self.schedule, self.average, self.record = settings, schedule, average, record
         self.recycling = recycling
         self.config: Mapping[str, Any] = {} if config is None else config

@@ -23,6 +23,7 @@ from torch import nn
 import medsr
 from medsr.errors import MedsrError, OutputError, SettingError
 from medsr.io.writing import atomic_path, write_json
+from medsr.settings import as_number
 
 __all__ = ["BudgetSchedule", "GradientGuard", "RunRecord", "WeightSaver", "save_weights"]
 
@@ -109,7 +110,8 @@ class BudgetSchedule:
         warm_up: float = 0.05,
     ) -> None:
         self.optimizer, self.learning_rate, self.iterations = optimizer, float(learning_rate), int(iterations)
-        self.minutes, self.warm_up = minutes, float(warm_up)
+        self.minutes = None if minutes is None else as_number("minutes", minutes, above=0)
+        self.warm_up = float(warm_up)
         self._clock = _Clock()
 
     def attach(self, engine: Engine) -> None:

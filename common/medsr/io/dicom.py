@@ -122,7 +122,7 @@ def read_series_header(
         follow_links: read files behind links that leave the folder, see :func:`~medsr.io.links.refuse_leaving_link`.
 
     Raises:
-        SettingError: if ``series_uid`` is no text.
+        SettingError: if ``series_uid`` was read as a number with a fraction.
         DataError: if there is no image, or one is damaged, in colour, multi-frame or has no decoder here.
         GeometryError: if positions are missing, repeated, irregular or sheared, or the images differ in grid.
 

@@ -138,6 +138,11 @@ def test_iterations_are_a_whole_number(iterations):
         SelfTraining(4.0, iterations)
 
 
+def test_a_training_without_an_end_is_refused(volume):
+    with pytest.raises(SettingError, match="give minutes, iterations, or both"):
+        SelfTraining(None)(PlaneSRNet(), volume, ratio=4.0, thickness=1.0, planes=True)
+
+
 def test_the_random_state_of_the_caller_stays(volume):
     network = slices_network()
     torch.manual_seed(5)

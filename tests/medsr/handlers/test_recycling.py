@@ -156,7 +156,7 @@ def test_several_processes_are_refused(monkeypatch):
         RecycleDormantUnits(block(), at=[1]).attach(Engine(lambda *_: None))
 
 
-@pytest.mark.parametrize("at", [[0], [1.5], "soon"])
+@pytest.mark.parametrize("at", [[0], [1.5], "soon", None, 100])
 def test_times_that_are_none_are_named(at):
     with pytest.raises(SettingError, match="recycle_at"):
         RecycleDormantUnits(block(), at=at)

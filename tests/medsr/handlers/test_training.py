@@ -11,7 +11,7 @@ from typing import IO
 import pytest
 import torch
 from ignite.handlers import EMAHandler
-from medsr.errors import MedsrError, OutputError
+from medsr.errors import MedsrError, OutputError, SettingError
 from medsr.handlers.training import (
     BudgetSchedule,
     GradientGuard,
@@ -166,6 +166,12 @@ def test_a_budget_of_minutes_anneals_as_completely(monkeypatch):
     assert 8 <= len(rates) <= 12
     assert max(rates) > 0.9
     assert rates[-1] < 0.05
+
+
+@pytest.mark.parametrize("minutes", [0, -5, "soon"])
+def test_a_budget_of_no_minutes_is_not_one_without_limit(minutes):
+    with pytest.raises(SettingError, match="minutes must be a number > 0"):
+        BudgetSchedule(Trial().optimizer, 1.0, iterations=7, minutes=minutes)
 
 
 @pytest.mark.parametrize("minutes", [None, 60.0])
