@@ -7,7 +7,6 @@ adds short names, a check of every setting before anything is loaded, and errors
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import logging
 import os
@@ -48,7 +47,8 @@ _CONVERTERS = {
 # Where the function is that makes a labelled folder of such a data set.
 _DATA_SETS = {"endovis17": ("medsr.io.endovis17", "prepare_endovis17")}
 
-_REFERENCE = re.compile(r"@(\w+)")
+# What texts of configs are joined of: a text, a setting, the folder of a bundle.
+_PIECE = re.compile(r"'([^']*)'|(?:str\()?@(\w+)\)?|str\(catalog\.bundle_root\('(\w+)'\)\)")
 _GPU = "a GPU if there is one, else cpu"
 
 # MONAI's own command line wants these, and as text they would all count as true.
@@ -441,33 +441,21 @@ def _computed(expression: str, settings: Mapping[str, Any], root: Path) -> str |
     """The text that an expression of a config stands for: texts and settings that are joined, or a device."""
     if "cuda.is_available()" in expression:
         return _GPU
-    plain = _REFERENCE.sub(r"_settings_('\1')", expression.removeprefix("$").strip())
-    try:
-        return _joined(ast.parse(plain, mode="eval").body, settings, root)
-    except (SyntaxError, MedsrError):
-        return None
-
-
-def _joined(node: ast.expr, settings: Mapping[str, Any], root: Path) -> str | None:
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else None
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        parts = [_joined(side, settings, root) for side in (node.left, node.right)]
-        return None if None in parts else "".join(map(str, parts))
-    if not isinstance(node, ast.Call) or len(node.args) != 1:
-        return None
-    argument, function = node.args[0], ast.unparse(node.func)
-    if function == "str":
-        return _joined(argument, settings, root)
-    if not isinstance(argument, ast.Constant):
-        return None
-    if function == "catalog.bundle_root":
-        return str(catalog.bundle_root(argument.value))
-    if function != "_settings_":
-        return None
-    if argument.value == "bundle_root":
-        return str(root)
-    value = settings.get(argument.value)
-    if isinstance(value, str) and value.startswith(("$", "@")):
-        return _computed(value, settings, root)
-    return str(value) if isinstance(value, (str, int, float)) else None
+    text = ""
+    for piece in expression.removeprefix("$").split(" + "):
+        found = _PIECE.fullmatch(piece.strip())
+        value: Any = None
+        if found:
+            literal, setting, bundle = found.groups()
+            value = literal
+            if setting:
+                value = root if setting == "bundle_root" else settings.get(setting)
+            elif bundle:
+                with suppress(MedsrError):
+                    value = catalog.bundle_root(bundle)
+        if isinstance(value, str) and value.startswith(("$", "@")):
+            value = _computed(value, settings, root)
+        if not isinstance(value, (str, int, float, Path)):
+            return None
+        text += str(value)
+    return text
