@@ -218,11 +218,7 @@ class StereoVideo:
             # Where there is no report, whoever says resume knows.
             with contextlib.suppress(OSError, ValueError):
                 before = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
-                now = {"sha256": self.report.hashes, "settings": self.report.settings}
-                if any(before.get(key) != value for key, value in now.items()):
-                    raise OutputError(
-                        f"{self.output_dir.name}: made with other weights or settings; choose another folder"
-                    )
+                self.report.refuse_mixture(clip.name, before)
         elif existing and not self.overwrite:
             raise OutputError(
                 f"{existing[0].relative_to(self.output_dir).as_posix()}: is there already; choose another output "

@@ -258,7 +258,7 @@ class RunReport:
                 continue
             case, there = item["case"], self.output.present(item["case"])
             if case in earlier and earlier[case].get("input_digest") in (None, self._digests[case]):
-                self._refuse_mixture(case, earlier[case]["earlier_run"])
+                self.refuse_mixture(case, earlier[case]["earlier_run"])
             elif there:
                 why = (
                     "made of another input of this name"
@@ -271,8 +271,16 @@ class RunReport:
                 left.append(item)
         return left
 
-    def _refuse_mixture(self, case: str, earlier: Mapping[str, Any]) -> None:
-        """Results of other settings must not pass for results of these."""
+    def refuse_mixture(self, case: str, earlier: Mapping[str, Any]) -> None:
+        """Refuse to let results of other settings or weights pass for results of this run.
+
+        Args:
+            case: whose results are there.
+            earlier: ``settings`` and ``sha256`` of the run that made them; what it lacks was the same.
+
+        Raises:
+            OutputError: naming what changed.
+        """
         now = self._conditions()
         changed = [
             f"{key} {json.dumps(before.get(key))}, not {json.dumps(now[kind].get(key))}"

@@ -481,7 +481,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, is_file):
     # One view alone is no result.
     kept, halved = sorted(out.glob("left/*.png"))
     (out / "right" / halved.name).unlink()
-    with pytest.raises(OutputError, match="other weights or settings"):
+    with pytest.raises(OutputError, match="made with scale 2, not 4; choose another output folder"):
         run(source, out, **{**settings, "resume": True, "record": {"settings": {"scale": 4}}})
     run(source, out, **settings, resume=True).finish()
     case = entry(out)
