@@ -26,7 +26,7 @@ noisy = truth + NOISE * np.random.default_rng(0).normal(size=truth.shape)
 
 vessels = inside & (black_tophat(gaussian_filter(truth, 0.7), 7) > 0.05)
 beside = inside & binary_dilation(vessels, iterations=5) & ~binary_dilation(vessels, iterations=2)
-print(f"thin vessels: {vessels[inside].mean():.1%} of the field of view")
+print(f"thin vessels: {100 * vessels[inside].mean():.1f} % of the field of view")
 
 
 def contrast(image: np.ndarray) -> float:
