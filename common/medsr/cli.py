@@ -7,6 +7,7 @@ adds short names, a check of every setting before anything is loaded, and errors
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import logging
 import os
@@ -292,13 +293,20 @@ def _overrides(arguments: argparse.Namespace, root: Path, configs: Sequence[Path
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise SettingError(f"--set takes KEY=VALUE, got {setting!r}")
-        try:
-            found = json.loads(value)
-        except ValueError:
-            found = _PYTHON_WORDS.get(value, value)
+        found = _meant(value)
         # MONAI drops None and would keep what is in the config.
         overrides[key] = "$None" if found is None else found
     return overrides
+
+
+def _meant(text: str) -> object:
+    """What the text of a setting stands for: JSON, Python's way to write a list or a mapping, or itself."""
+    with suppress(ValueError):
+        return json.loads(text)
+    if text.startswith(("[", "{")):
+        with suppress(ValueError, SyntaxError):
+            return ast.literal_eval(text)
+    return _PYTHON_WORDS.get(text, text)
 
 
 def _path(text: str) -> Path:

@@ -164,7 +164,18 @@ def test_text_settings_need_no_quotes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "meant"), [("null", None), ("None", None), ("False", False), ("true", True), ("x", "x")]
+    ("text", "meant"),
+    [
+        ("null", None),
+        ("None", None),
+        ("False", False),
+        ("true", True),
+        ("x", "x"),
+        ('{"a": [1]}', {"a": [1]}),
+        ("{'a': [1]}", {"a": [1]}),
+        ("['b', True]", ["b", True]),
+        ("[x", "[x"),
+    ],
 )
 def test_words_mean_what_they_say(folder: Path, text: str, meant: object) -> None:
     """MONAI would drop None, and take the word False for true."""
