@@ -329,8 +329,7 @@ def test_configs_hang_together(bundle: BundleInfo) -> None:
         if is_overlay(config):
             assert not list(overlay_faults(found[base_of(config)], config)), name
             # By itself it has nothing else that could say what is missing.
-            assert config["initialize"] == ["$runner.check_settings()"], name
-            assert "$import medsr.engines.runner as runner" in config["+imports"], name
+            assert config["initialize"] == [{"_target_": "medsr.engines.runner.check_settings"}], name
         else:
             assert not list(reference_faults(config)), name
             assert not list(metric_faults(config)), name
