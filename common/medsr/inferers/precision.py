@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import time
 from collections.abc import Callable
 
@@ -45,20 +46,30 @@ def native_bfloat16(device: torch.device | str) -> bool:
     return _speed_up_of_bfloat16() > _GAIN
 
 
+# On Windows the clock of a thread ticks only every 16 ms.
+_clock = time.perf_counter if sys.platform == "win32" else time.thread_time
+
+
 @functools.cache
 def _speed_up_of_bfloat16() -> float:
     """Time of a convolution on the CPU in float32, divided by that under autocast to bfloat16."""
-    with torch.random.fork_rng(devices=()), torch.no_grad():
-        convolution = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
-        image = torch.rand(1, 64, 64, 64).to(memory_format=torch.channels_last)
-        fastest = dict.fromkeys((True, False), float("inf"))
-        # In turns, and the fastest of several: other work on the machine slows both, or counts for neither.
-        for _ in range(8):
-            for enabled in fastest:
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                    start = time.perf_counter()
-                    convolution(image)
-                    fastest[enabled] = min(fastest[enabled], time.perf_counter() - start)
+    threads = torch.get_num_threads()
+    # Other work on the machine may meet one of them alone: one thread, which waits for no other, by its own clock, in
+    # turns, and the fastest of several.
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            convolution = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+            image = torch.rand(1, 64, 64, 64).to(memory_format=torch.channels_last)
+            fastest = dict.fromkeys((True, False), float("inf"))
+            for _ in range(8):
+                for enabled in fastest:
+                    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                        start = _clock()
+                        convolution(image)
+                        fastest[enabled] = min(fastest[enabled], _clock() - start)
+    finally:
+        torch.set_num_threads(threads)
     return fastest[False] / fastest[True]
 
 
