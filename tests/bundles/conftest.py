@@ -61,6 +61,17 @@ def phantom(head_phantom: Callable[..., Any]) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def phantom_mask(head_phantom: Callable[..., Any]) -> Callable[..., Path]:
+    """Write a mask of what is bright in the head phantom; ``spacing_mm`` as in ``head_phantom``."""
+
+    def write(path: Path, spacing_mm: float = SPACING_MM) -> Path:
+        volume, affine = head_phantom(spacing_mm)
+        return write_nifti(path, np.uint8(volume > 600), affine)
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def nifti() -> Callable[[Path, np.ndarray, np.ndarray], Path]:
     return write_nifti
 

@@ -74,13 +74,20 @@ def data(bundle: BundleInfo, tmp_path_factory: pytest.TempPathFactory, phantom: 
 
 
 @pytest.fixture(scope="module")
-def training_data(bundle: BundleInfo, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def training_data(
+    bundle: BundleInfo,
+    data: Path,
+    phantom_mask: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The same input as ``train.json`` wants it: segmentation learns from images with masks."""
     if bundle.metadata["network_data_format"]["outputs"]["pred"]["format"] != "segmentation":
         return data
     folder = tmp_path_factory.mktemp(f"{bundle.name}_training")
     for part in ("images", "labels"):
         shutil.copytree(data, folder / part)
+    for path in (folder / "labels").glob("*.nii.gz"):
+        phantom_mask(path)
     for path in (folder / "labels").glob("*.png"):
         # Hardly a grey value of a photograph is a class.
         write_mask(path, np.zeros(read_image(path).values.shape[1:], np.uint8))

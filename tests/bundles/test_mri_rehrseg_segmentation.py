@@ -259,7 +259,12 @@ def test_two_processes_train_network_and_adapter_together(pipeline, call):
             "made for another network|has shape",
         ),
         ("train.json", None, {"leave_out": "['c']"}, "c is to be left out, but there is no such case"),
-        ("train.json", None, {"teacher_weights": "absent.pt"}, "absent.pt: no such weight file"),
+        (
+            "train.json",
+            None,
+            {"teacher_weights": "absent.pt", "classes": "{'ball': [3]}"},
+            "absent.pt: no such weight file",
+        ),
     ],
 )
 def test_what_cannot_work_ends_in_one_line(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,9 @@ TRAININGS = {
 
 
 @pytest.fixture
-def data(tmp_path: Path, phantom: Callable[..., Path]) -> Callable[[str], Path]:
+def data(
+    tmp_path: Path, phantom: Callable[..., Path], phantom_mask: Callable[..., Path]
+) -> Callable[[str], Path]:
     def write(name: str) -> Path:
         folder = tmp_path / "data"
         if name.startswith("mri"):
@@ -54,7 +55,7 @@ def data(tmp_path: Path, phantom: Callable[..., Path]) -> Callable[[str], Path]:
                 pixels = np.random.default_rng(seed).integers(0, 255, (40, 44, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{seed}.png")
         if name.endswith("segmentation"):
-            shutil.copytree(folder / "images", folder / "labels")
+            phantom_mask(folder / "labels" / "head.nii.gz", 1)
         return folder
 
     return write
