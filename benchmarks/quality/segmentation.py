@@ -38,7 +38,8 @@ method does, and nothing clinical.
 Protocol: {protocol}. min_island_fraction is {fraction:g}.
 
 Budgets per network, equal for all: {budgets}. `nearest` repeats the mask of a thick slice, `signed distance`
-interpolates its shape, `thin head` is the network's own mask on thin slices. `{plain}` is the network for thick slices
+interpolates its shape, `thin head` is the network's own mask on thin slices (that of `{plain}` was never trained: it
+interpolates the logits). `{plain}` is the network for thick slices
 alone, `{upper}` the upper bound; `perfect thick mask` is what the best segmentation of thick slices could give.
 `thick_dice` of the thin head is that of its probabilities averaged over a slice.
 """
