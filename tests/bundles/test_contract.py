@@ -328,6 +328,12 @@ def metric_faults(config: object) -> Iterator[str]:
             yield f"metric {name} is not computed"
 
 
+def test_several_processes_recycle_nothing(bundle: BundleInfo) -> None:
+    found = configs(bundle)
+    if "recycle_at" in found["train.json"]:
+        assert found["multi_gpu_train.json"]["recycle_at"] == []
+
+
 def test_configs_hang_together(bundle: BundleInfo) -> None:
     found = configs(bundle)
     assert not is_overlay(found["inference.json"])

@@ -219,11 +219,13 @@ def test_both_networks_are_compared_on_the_same_slices(pipeline):
     assert sum(row["reading"] == "thin head" for row in rows) == 4
 
 
-def test_two_processes_train_network_and_adapter_together(pipeline, call):
+# The thin head of the network for thick slices alone gets no gradient, and no process may wait for one.
+@pytest.mark.parametrize("more", [(), ("train_plain.json",)])
+def test_two_processes_train_network_and_adapter_together(pipeline, call, more):
     import torch
 
-    out = pipeline.folder / "together"
-    files = [str(CONFIGS / name) for name in ("train.json", "multi_gpu_train.json")]
+    out = pipeline.folder / f"together{len(more)}"
+    files = [str(CONFIGS / name) for name in ("train.json", *more, "multi_gpu_train.json")]
     words = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run"]
     settings = {
         "config_file": files,
@@ -235,7 +237,7 @@ def test_two_processes_train_network_and_adapter_together(pipeline, call):
     process = call([*words, *(word for key, value in settings.items() for word in (f"--{key}", value))])
     assert process.returncode == 0, process.stderr
     state, alone = (
-        torch.load(pipeline.folder / name / "model.pt", weights_only=True) for name in ("together", "train")
+        torch.load(folder / "model.pt", weights_only=True) for folder in (out, pipeline.folder / "train")
     )
     assert {key: value.shape for key, value in state.items()} == {k: v.shape for k, v in alone.items()}
     assert json.loads((out / "train_record.json").read_text())["iterations"] == 2
