@@ -154,8 +154,8 @@ def read_frames(path: PathLike) -> Iterator[VideoFrame]:
 
     OpenCV's ``VideoCapture`` was considered: it tells the end of a video from a damaged frame by nothing, and no exact
     times; MONAI's ``VideoFileDataset`` reads through it. Colours become RGB by the matrix that the file names; where it
-    names none, by FFmpeg's default. Damage inside a frame may be concealed by
-    FFmpeg, or read as another picture: the coding of most codecs has no checksum.
+    names none, by FFmpeg's default. FFmpeg may conceal damage inside a frame, or read it as another picture: the
+    coding of most codecs has no checksum.
 
     Args:
         path: any file that FFmpeg reads.
