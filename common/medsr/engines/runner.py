@@ -140,11 +140,10 @@ def preflight(
     report: RunReport | None = None,
     find: Callable[..., list[dict[str, str]]] | None = None,
     inspect: Callable[[Mapping[str, str]], Any] | None = None,
-) -> int:
-    """Check output folder, weights and the headers of all inputs before the first voxel is read.
+) -> list[dict[str, str]]:
+    """List the cases of a run, after a check of output folder, weights and all headers before the first voxel is read.
 
-    Bad cases are logged here already, in milliseconds; they are left out later and the others go on. Only if no
-    case is usable does the run end here.
+    Only if no case is usable does the run end here; a bad one fails when its turn comes, and the others go on.
 
     Args:
         dataset_dir: input file or folder, or a list.
@@ -162,14 +161,14 @@ def preflight(
         inspect: reads the headers of a case and raises what is wrong with them; default that of volumes in slices.
 
     Returns:
-        the number of usable cases that are to be done.
+        data items of the cases that are to be done; a bad one has the key ``error``.
     """
     if not dataset_dir:
         raise DataError("no input: set --dataset_dir to a file, a folder of files or a DICOM series folder")
     if not str(output_dir):
         # It would be the current folder.
         raise OutputError("no output: set --output_dir to the folder for the results")
-    cases = (find or partial(find_cases, follow_links=follow_links, strict=False))(dataset_dir)
+    cases = (find or partial(find_cases, follow_links=follow_links))(dataset_dir)
     _refuse_same_folder([dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir, output_dir)
     probe_folder(output_dir, create=False)
     pending = cases if report is None else report.pending(cases)
@@ -184,7 +183,9 @@ def preflight(
         check_weights(weights, network)
     if spacing_mm is not None:
         spacing_mm = as_number("target_spacing_mm", spacing_mm, above=0)
-    reasons, needed = [], 0
+    reasons: list[MedsrError] = []
+    checked: list[dict[str, str]] = []
+    needed = 0
     for case in pending:
         try:
             if "error" in case:
@@ -192,11 +193,13 @@ def preflight(
                 raise (DataError if case in cases else OutputError)(case["error"])
             if inspect:
                 inspect(case)
-                continue
-            header = inspect_case(case["image"], series_uid=series_uid, follow_links=follow_links)
-            needed += thin_volumes * _thin_bytes(header, force=force, spacing_mm=spacing_mm)
+            else:
+                header = inspect_case(case["image"], series_uid=series_uid, follow_links=follow_links)
+                needed += thin_volumes * _thin_bytes(header, force=force, spacing_mm=spacing_mm)
+            checked.append(case)
         except MedsrError as error:
             reasons.append(error)
+            checked.append({**case, "error": str(error)})
     if cases and len(reasons) == len(cases):
         if len({str(error) for error in reasons}) > 1:
             for error in reasons:
@@ -204,7 +207,7 @@ def preflight(
             raise DataError(f"none of the {len(cases)} cases can be used; the first reason: {reasons[0]}")
         raise reasons[0]
     _refuse_full_disk(output_dir, needed)
-    return len(pending) - len(reasons)
+    return checked
 
 
 def _refuse_same_folder(inputs: Sequence[str | Path], output_dir: str | Path) -> None:
@@ -218,14 +221,20 @@ def _refuse_same_folder(inputs: Sequence[str | Path], output_dir: str | Path) ->
             )
 
 
-def preflight_images(dataset_dir: str | Sequence[str], output_dir: str | Path, **checks: Any) -> int:
+def preflight_images(
+    dataset_dir: str | Sequence[str],
+    output_dir: str | Path,
+    *,
+    find: Callable[..., list[dict[str, str]]] = find_images,
+    **checks: Any,
+) -> list[dict[str, str]]:
     """:func:`preflight` for 2D images; its other checks are taken by name."""
-    return preflight(
-        dataset_dir, output_dir, find=partial(find_images, strict=False), inspect=_inspect_image, **checks
-    )
+    return preflight(dataset_dir, output_dir, find=find, inspect=_inspect_image, **checks)
 
 
-def preflight_pairs(dataset_dir: str | Sequence[str], output_dir: str | Path, **checks: Any) -> int:
+def preflight_pairs(
+    dataset_dir: str | Sequence[str], output_dir: str | Path, **checks: Any
+) -> list[dict[str, str]]:
     """:func:`preflight` for stereo pairs: both views must be there, readable, and of one size and colour."""
     return preflight(dataset_dir, output_dir, find=find_stereo_cases, inspect=_inspect_pair, **checks)
 

@@ -28,8 +28,9 @@ __all__ = [
     "input_digest",
     "inspect_case",
     "list_folder",
+    "mark_twins",
     "read_case",
-    "refuse_twins",
+    "refuse_marked",
 ]
 
 _SUFFIXES = (".nii.gz", ".nii")
@@ -43,21 +44,20 @@ PathLike = str | os.PathLike[str]
 
 
 def find_cases(
-    source: PathLike | Sequence[PathLike], *, follow_links: bool | None = None, strict: bool = True
+    source: PathLike | Sequence[PathLike], *, follow_links: bool | None = None
 ) -> list[dict[str, str]]:
     """List the images behind a path as data items ``{"image": absolute path, "case": name}``.
 
-    Outputs are named after the case, so two inputs of one name would overwrite each other: see :func:`refuse_twins`.
+    Outputs are named after the case, so two inputs of one name would overwrite each other: see :func:`mark_twins`.
     Sub-folders are searched one level deep; hidden files are ignored.
 
     Args:
         source: a NIfTI file, a folder of them, a DICOM series folder, a folder of such folders, or a list of
             these.
         follow_links: see :func:`list_folder`.
-        strict: refuse all inputs if two have one case name; else only these two get the key ``error``.
 
     Raises:
-        DataError: if there is no image, a link leaves its folder, or two images have one case name.
+        DataError: if there is no image, a link leaves its folder, or an image is given twice.
 
     Example:
         >>> find_cases("no-such-folder")
@@ -66,7 +66,7 @@ def find_cases(
     """
     if follow_links is not None:
         follow_links = as_flag("follow_links", follow_links)
-    return collect_cases(source, partial(_expand, follow_links=follow_links), strict=strict)
+    return collect_cases(source, partial(_expand, follow_links=follow_links))
 
 
 def collect_cases(
@@ -74,7 +74,6 @@ def collect_cases(
     expand: Callable[[Path], list[Path]],
     *,
     suffixes: Sequence[str] = _SUFFIXES,
-    strict: bool = True,
 ) -> list[dict[str, str]]:
     """Make data items ``{"image": absolute path, "case": name}`` of what ``expand`` finds behind the sources.
 
@@ -82,10 +81,9 @@ def collect_cases(
         source: a path or a list of paths.
         expand: gives the inputs that one path names.
         suffixes: file name endings that are no part of a case name.
-        strict: see :func:`refuse_twins`.
 
     Raises:
-        DataError: if the list is empty or two inputs have one case name.
+        DataError: if the list is empty or an input is given twice.
 
     Example:
         >>> [item["case"] for item in collect_cases(["a.nii", "b.nii.gz"], lambda path: [path])]
@@ -96,26 +94,28 @@ def collect_cases(
         raise DataError("the list of inputs is empty; give a file or a folder")
     paths = [found for item in sources for found in expand(Path(item).expanduser())]
     items = [{"image": str(path.absolute()), "case": case_name(path, suffixes=suffixes)} for path in paths]
-    return refuse_twins(items, strict=strict)
+    return mark_twins(items)
 
 
-def refuse_twins(items: Sequence[dict[str, str]], *, strict: bool = True) -> list[dict[str, str]]:
-    """Refuse inputs of one case name, which would overwrite each other's results.
+def mark_twins(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Mark inputs of one case name, which would overwrite each other's results.
+
+    Twins get the key ``error`` and, as their case, the name of their file, with its folders as far as they tell the
+    twins apart: they fail, and the others go on. Where cases find their partners by name, :func:`refuse_marked` ends
+    the run.
 
     Args:
         items: with the keys ``image`` and ``case``.
-        strict: raise, as training needs it. Else the twins get the key ``error`` and, as their case, the name of their
-            file, with its folders as far as they tell the twins apart: they fail, and the others go on.
 
     Returns:
         the items in their order.
 
     Raises:
-        DataError: if there are twins and ``strict``, or if one input is given twice.
+        DataError: if one input is given twice.
 
     Example:
         >>> twins = [{"image": f"/data/{name}.png", "case": "a_b"} for name in ("a b", "a_b")]
-        >>> for item in refuse_twins(twins, strict=False):
+        >>> for item in mark_twins(twins):
         ...     print(item["case"], "|", item["error"])
         a b.png | a b.png and a_b.png have the same case name a_b; rename one of them
         a_b.png | a b.png and a_b.png have the same case name a_b; rename one of them
@@ -131,12 +131,26 @@ def refuse_twins(items: Sequence[dict[str, str]], *, strict: bool = True) -> lis
             reason = (
                 f"{first} and {second} have the same case name {items[index]['case']}; rename one of them"
             )
-            if strict:
-                raise DataError(reason)
             for twin, name in ((twins[0], first), (index, second)):
                 if "error" not in found[twin]:
                     found[twin] = {**items[twin], "case": name, "error": reason}
     return found
+
+
+def refuse_marked(items: Sequence[dict[str, str]]) -> Sequence[dict[str, str]]:
+    """Pass the items on if none of them is known to be bad.
+
+    Raises:
+        DataError: the first reason, see :func:`mark_twins`.
+
+    Example:
+        >>> refuse_marked([{"image": "a.png", "case": "a"}])
+        [{'image': 'a.png', 'case': 'a'}]
+    """
+    for item in items:
+        if "error" in item:
+            raise DataError(item["error"])
+    return items
 
 
 def _told_apart(first: PathLike, second: PathLike) -> list[str]:
@@ -205,7 +219,9 @@ def find_labelled_cases(
                 f"{root.name}: no folder '{part}' in it; a labelled folder holds images/ and labels/"
             )
     parts = ["images", "labels", *(part for part in optional if (root / part).is_dir())]
-    images, *others = ({item["case"]: item["image"] for item in find_cases(root / part)} for part in parts)
+    images, *others = (
+        {item["case"]: item["image"] for item in refuse_marked(find_cases(root / part))} for part in parts
+    )
     for part, paths in zip(parts[1:], others, strict=True):
         alone = sorted(set(images) ^ set(paths))
         if alone:

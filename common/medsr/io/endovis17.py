@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from medsr.errors import DataError
+from medsr.io.cases import refuse_marked
 from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding, find_images
 from medsr.io.loading import LoadImageFiled
@@ -134,7 +135,7 @@ def _frames_of(number: int, folder: Path) -> list[_Frame]:
     if not drawn:
         raise DataError(f"{folder.name}: no folder of masks in ground_truth/")
     frames = []
-    for item in find_images(folder / "left_frames"):
+    for item in refuse_marked(find_images(folder / "left_frames")):
         image = Path(item["image"])
         masks = tuple((path / image.name, kind) for path, kind in drawn)
         lost = [path for path, _ in masks if not path.is_file()]

@@ -221,27 +221,25 @@ class LoadedImage:
     notes: tuple[str, ...] = ()
 
 
-def find_images(source: PathLike | Sequence[PathLike], *, strict: bool = True) -> list[dict[str, str]]:
+def find_images(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
     """List the photographs behind a path as data items ``{"image": absolute path, "case": name}``.
 
     Files are known by their ending, DICOM files also by their mark. Pictures of other formats are left out with a
     warning, other files without one. Sub-folders are not searched, because they may hold masks, or the results of an
-    earlier run; hidden files are ignored.
+    earlier run; hidden files are ignored. Images of one name are marked, see :func:`medsr.io.cases.mark_twins`.
 
     Args:
         source: a PNG, JPEG, TIFF, BMP or DICOM file, a folder of them, or a list of these.
-        strict: refuse all images if two have one case name; else only these, see
-            :func:`medsr.io.cases.refuse_twins`.
 
     Raises:
-        DataError: if there is no image, a link leaves its folder, or two images have one case name.
+        DataError: if there is no image, a link leaves its folder, or an image is given twice.
 
     Example:
         >>> find_images("no-such-folder")
         Traceback (most recent call last):
         medsr.errors.DataError: no-such-folder: no such file or folder
     """
-    return collect_cases(source, _expand, suffixes=_SUFFIXES, strict=strict)
+    return collect_cases(source, _expand, suffixes=_SUFFIXES)
 
 
 def read_image_header(path: PathLike) -> ImageHeader:

@@ -12,6 +12,7 @@ from monai.utils import ensure_tuple
 from PIL import Image, ImageOps
 
 from medsr.errors import DataError, OutputError
+from medsr.io.cases import refuse_marked
 from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding, find_images, read_image, read_image_header
 
@@ -58,7 +59,8 @@ def find_labelled_frames(
         if not (root / part).is_dir():
             raise DataError(f"{name}: no folder '{part}' in it; it must hold images/ and {labels}/")
     images, masks = (
-        {item["case"]: item["image"] for item in find_images(root / part)} for part in ("images", labels)
+        {item["case"]: item["image"] for item in refuse_marked(find_images(root / part))}
+        for part in ("images", labels)
     )
     alone = sorted(set(images) ^ set(masks))
     if alone:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
 from medsr.errors import DataError
-from medsr.io.cases import case_name, refuse_twins
+from medsr.io.cases import case_name, mark_twins, refuse_marked
 from medsr.io.images import find_images
 
 __all__ = ["StereoCalibration", "find_stereo_cases", "find_stereo_pairs", "read_calibration"]
@@ -144,7 +144,7 @@ def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, s
     - a pair: ``{"image": left, "image_right": right, "case": name}``, known by place or name as there;
     - an image that is named neither left nor right: ``{"image": path, "case": name}``;
     - a view whose partner is missing: ``{"image": path, "case": name, "error": what is missing}``; so are inputs of one
-      case name, see :func:`~medsr.io.cases.refuse_twins`.
+      case name, see :func:`~medsr.io.cases.mark_twins`.
 
     Args:
         source: an image, a folder, or a list of these; both views of a pair may be named one by one.
@@ -169,12 +169,12 @@ def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, s
             items += twins
             items += _cases(*inside)
             continue
-        for item in find_images(path, strict=False):
+        for item in find_images(path):
             files.setdefault(Path(item["image"]).parent, []).append(item)
     for folder, found in files.items():
         alone = [item for item in found if "error" in item or _SIDE.match(item["case"]) is None]
         items += [*_cases(*_sides(folder, [item for item in found if item not in alone])), *alone]
-    return sorted(refuse_twins(items, strict=False), key=lambda item: item["case"])
+    return sorted(mark_twins(items), key=lambda item: item["case"])
 
 
 def read_calibration(path: PathLike) -> StereoCalibration:
@@ -218,8 +218,10 @@ _Sides = tuple[dict[str, str], dict[str, str]]
 
 def _by_case(folder: Path, twins: list[dict[str, str]] | None = None) -> dict[str, str]:
     """The views of a folder; those of one case name go to the list, or are refused without one."""
-    found = find_images(folder, strict=twins is None)
-    if twins is not None:
+    found = find_images(folder)
+    if twins is None:
+        refuse_marked(found)
+    else:
         twins += [item for item in found if "error" in item]
     return {item["case"]: item["image"] for item in found if "error" not in item}
 
@@ -237,7 +239,7 @@ def _view_folders(folder: Path, twins: list[dict[str, str]] | None = None) -> _S
 
 
 def _by_name(folder: Path) -> _Sides:
-    return _sides(folder, find_images(folder))
+    return _sides(folder, refuse_marked(find_images(folder)))
 
 
 def _sides(folder: Path, items: Sequence[dict[str, str]]) -> _Sides:

@@ -132,6 +132,10 @@ def test_no_weights_at_all_are_refused(capsys, data, tmp_path):
         assert "no weights: set --weights" in line
 
 
+def usable(items):
+    return [item["case"] for item in items if "error" not in item]
+
+
 # --- preflight ----------------------------------------------------------------------------------------------------
 
 
@@ -142,12 +146,12 @@ def test_what_lies_in_the_output_folder_and_in_no_report_is_refused(
     out.mkdir()
     (out / "b_superres.nii.gz").touch()
     report = RunReport(out, output=CaseOutput(out, figure=False))
-    assert preflight(str(data), out, report=report) == 1
+    assert usable(preflight(str(data), out, report=report)) == ["a"]
     code, line = failure(capsys, preflight, str(data / "b.nii.gz"), out, report=report)
     assert code == OutputError.exit_code
     assert "b_superres.nii.gz: is there already, but in no report as finished" in line
     overwriting = RunReport(out, output=CaseOutput(out, overwrite=True))
-    assert preflight(str(data), out, report=overwriting) == 2
+    assert len(usable(preflight(str(data), out, report=overwriting))) == 2
 
 
 def test_finished_cases_are_passed_over(data, tmp_path, caplog):
@@ -157,14 +161,17 @@ def test_finished_cases_are_passed_over(data, tmp_path, caplog):
     done = {"cases": {"a": {"status": "done", "files": ["a_superres.nii.gz"]}}}
     (out / "report.json").write_text(json.dumps(done))
     with caplog.at_level(logging.INFO):
-        assert preflight(str(data), out, report=RunReport(out, output=CaseOutput(out, figure=False))) == 1
+        left = preflight(str(data), out, report=RunReport(out, output=CaseOutput(out, figure=False)))
+    assert usable(left) == ["b"]
     assert "1 of 2 cases are in out already and stay as they are" in caplog.text
 
 
-def test_good_inputs_are_counted(data, tmp_path, weights):
-    assert preflight(str(data), tmp_path / "new" / "out", weights=weights, network=network()) == 2
+def test_good_inputs_are_listed(data, tmp_path, weights):
+    assert (
+        len(usable(preflight(str(data), tmp_path / "new" / "out", weights=weights, network=network()))) == 2
+    )
     assert not (tmp_path / "new").exists()
-    assert preflight([str(data / "a.nii.gz")], tmp_path / "out") == 1
+    assert len(usable(preflight([str(data / "a.nii.gz")], tmp_path / "out"))) == 1
 
 
 @pytest.mark.parametrize("nothing", ["", []])
@@ -180,7 +187,7 @@ def test_links_are_followed_on_request(data, tmp_path, capsys):
     folder.mkdir()
     (folder / "a.nii.gz").symlink_to(data / "a.nii.gz")
     assert failure(capsys, preflight, str(folder), tmp_path / "out")[0] == DataError.exit_code
-    assert preflight(str(folder), tmp_path / "out", follow_links=True) == 1
+    assert len(usable(preflight(str(folder), tmp_path / "out", follow_links=True))) == 1
 
 
 def test_the_disk_must_have_room_for_the_results(data, tmp_path, monkeypatch, capsys, caplog):
@@ -195,7 +202,7 @@ def test_the_disk_must_have_room_for_the_results(data, tmp_path, monkeypatch, ca
     monkeypatch.setattr("shutil.disk_usage", usage)
     out = tmp_path / "not" / "yet"
     for room in (needed, needed - 1, needed // 10):
-        assert preflight(str(data), out, thin_volumes=2) == 2
+        assert len(usable(preflight(str(data), out, thin_volumes=2))) == 2
         assert (": the results need up to 0.0 MiB" in caplog.text) == (room < needed)
     room = needed // 10 - 1
     code, line = failure(capsys, preflight, str(data), out, thin_volumes=2)
@@ -205,7 +212,7 @@ def test_the_disk_must_have_room_for_the_results(data, tmp_path, monkeypatch, ca
     # Half of the spacing is twice the voxels.
     room = needed // 5 - 1
     failure(capsys, preflight, str(data), out, thin_volumes=2, spacing_mm=0.5)
-    assert preflight(str(data), out) == 2
+    assert len(usable(preflight(str(data), out))) == 2
 
 
 @pytest.mark.parametrize(("spacing", "words"), [("abc", "must be a number > 0"), (1e9, "1e+09 is coarser")])
@@ -259,12 +266,14 @@ def test_an_isotropic_scan_is_refused_unless_forced(tmp_path, capsys):
     code, line = failure(capsys, preflight, str(tmp_path / "iso.nii.gz"), tmp_path / "out")
     assert code == GeometryError.exit_code
     assert "iso.nii.gz: already near-isotropic" in line
-    assert preflight(str(tmp_path / "iso.nii.gz"), tmp_path / "out", force=True) == 1
+    assert len(usable(preflight(str(tmp_path / "iso.nii.gz"), tmp_path / "out", force=True))) == 1
 
 
 def test_one_bad_case_among_good_ones_does_not_end_the_run(data, tmp_path, capsys):
     (data / "c.nii.gz").write_bytes(gzip.compress(b"too short"))
-    assert preflight(str(data), tmp_path / "out") == 2
+    found = preflight(str(data), tmp_path / "out")
+    assert usable(found) == ["a", "b"]
+    assert found[2]["error"].startswith("c.nii.gz: ")
     assert capsys.readouterr().err == ""
 
 
@@ -397,7 +406,7 @@ def test_images_are_checked_as_images(tmp_path, capsys):
     folder.mkdir()
     Image.new("RGB", (8, 6)).save(folder / "a.png")
     (folder / "b.png").write_bytes(b"no image")
-    assert preflight_images(str(folder), tmp_path / "out") == 1
+    assert usable(preflight_images(str(folder), tmp_path / "out")) == ["a"]
     Image.new("CMYK", (8, 6)).save(folder / "a.jpg")
     (folder / "a.png").unlink()
     assert failure(capsys, preflight_images, str(folder), tmp_path / "out")[0] != 0
@@ -410,7 +419,7 @@ def test_pairs_are_checked_as_pairs(tmp_path, capsys):
         Image.new("RGB", size).save(folder / f"{name}.png")
     Image.new("RGB", (6, 5)).save(folder / "c_left.png")
     Image.new("L", (6, 5)).save(folder / "mono.png")
-    assert preflight_pairs(str(folder), tmp_path / "out") == 2
+    assert usable(preflight_pairs(str(folder), tmp_path / "out")) == ["a", "mono"]
     for name in ("a_left", "a_right", "mono"):
         (folder / f"{name}.png").unlink()
     status, line = failure(capsys, preflight_pairs, str(folder), tmp_path / "out")

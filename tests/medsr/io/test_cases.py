@@ -6,12 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from medsr.errors import DataError, SettingError
-from medsr.io.cases import case_name, find_cases, find_labelled_cases, input_digest, inspect_case, read_case
+from medsr.io.cases import (
+    case_name,
+    find_cases,
+    find_labelled_cases,
+    input_digest,
+    inspect_case,
+    read_case,
+    refuse_marked,
+)
 
 
 def refused(source, fragment):
     with pytest.raises(DataError, match=fragment) as caught:
-        find_cases(source)
+        refuse_marked(find_cases(source))
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
 
@@ -169,12 +177,12 @@ def test_letters_of_any_script_stay_in_the_name(name, expected):
 def test_only_inputs_of_one_name_fail_where_others_go_on(nifti, tmp_path):
     for name in ("a.nii", "a.nii.gz", "b.nii"):
         nifti(name=name)
-    found = find_cases(tmp_path, strict=False)
+    found = find_cases(tmp_path)
     assert [item["case"] for item in found] == ["a.nii", "a.nii.gz", "b"]
     reason = "a.nii and a.nii.gz have the same case name a; rename one of them"
     assert [item.get("error") for item in found] == [reason, reason, None]
     with pytest.raises(DataError, match=r"b\.nii: given twice"):
-        find_cases([tmp_path / "b.nii", tmp_path], strict=False)
+        find_cases([tmp_path / "b.nii", tmp_path])
 
 
 def test_names_in_another_script_do_not_clash(nifti, tmp_path):

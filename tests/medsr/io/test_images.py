@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from medsr.errors import DataError
+from medsr.io.cases import refuse_marked
 from medsr.io.images import ImageEncoding, find_images, read_image, read_image_header
 from PIL import Image, ImageFile, ImageOps
 
@@ -646,7 +647,7 @@ def test_a_magnified_image_has_more_pixels_per_inch():
 
 def listing_refused(source, fragment):
     with pytest.raises(DataError, match=fragment) as caught:
-        find_images(source)
+        refuse_marked(find_images(source))
     assert "\n" not in str(caught.value)
 
 
@@ -686,7 +687,7 @@ def test_one_name_for_two_images(tmp_path):
     listing_refused(tmp_path, "A.jpg and a.png have the same case name a; rename one")
     save(tmp_path / "a.tif", RGB)
     save(tmp_path / "b.png", RGB)
-    found = find_images(tmp_path, strict=False)
+    found = find_images(tmp_path)
     assert [(item["case"], "error" in item) for item in found] == [
         ("A.jpg", True),
         ("a.png", True),
