@@ -78,6 +78,15 @@ def test_a_second_run_takes_what_is_not_finished(scans: Path) -> None:
     assert named(run(scans)[1]) == ["a.nii", "broken.nii.gz"]
 
 
+@pytest.mark.parametrize("task", [1, 3, 7])
+def test_a_list_of_tasks_that_leaves_scans_out_is_told(scans: Path, task: int) -> None:
+    # What Slurm says of --array=1,3,7.
+    array = {"ARRAY_TASK_ID": task, "ARRAY_TASK_MIN": 1, "ARRAY_TASK_MAX": 7, "ARRAY_TASK_COUNT": 3}
+    done, _ = run(scans, **array)
+    assert done.returncode == (4 if task == 7 else 0)
+    assert ("must be a range" in done.stderr) == (task == 7)
+
+
 def test_what_is_no_folder_of_scans_is_refused(scans: Path) -> None:
     empty = scans.parent / "empty"
     empty.mkdir()

@@ -247,10 +247,7 @@ class RunReport:
         Raises:
             OutputError: if a finished case was made with other settings, weights or configs.
         """
-        for item in items:
-            # Who checks the inputs asks before who loads them: they are not read again.
-            if "error" not in item and item["case"] not in self._digests:
-                self._digests[item["case"]] = input_digest(item)
+        self._digests = {item["case"]: input_digest(item) for item in items if "error" not in item}
         if self.output is None or self.output.overwrite:
             return list(items)
         earlier = _earlier_cases(self.output_dir / "report.json", self._conditions())

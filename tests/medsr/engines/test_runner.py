@@ -23,6 +23,7 @@ from medsr.engines.runner import (
 from medsr.errors import DataError, GeometryError, MedsrError, OutputError, SettingError, WeightsError
 from medsr.handlers.case_output import CaseOutput, RunReport
 from medsr.handlers.training import save_weights
+from medsr.io.cases import find_labelled_cases
 from medsr.io.writing import write_nifti
 from PIL import Image
 from torch import nn
@@ -399,6 +400,21 @@ def test_named_networks_are_copies_with_weights_of_their_own(tmp_path):
     weights = [n.weight for n in (original, *found.values())]
     assert not torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
+
+
+def test_labels_count_as_inputs_of_a_run(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+        write_nifti(folder / part / "a.nii.gz", np.eye(8)[..., None].repeat(5, -1), affine=THICK)
+    first = RunReport(out, output=CaseOutput(out, figure=False))
+    (found,) = preflight(str(folder), out, find=find_labelled_cases, report=first)
+    assert set(found) == {"image", "label", "case"}
+    digest = first._digests["a"]
+    write_nifti(folder / "labels" / "a.nii.gz", np.ones((8, 8, 5)), affine=THICK)
+    second = RunReport(out, output=CaseOutput(out, figure=False))
+    preflight(str(folder), out, find=find_labelled_cases, report=second)
+    assert second._digests["a"] != digest
 
 
 def test_images_are_checked_as_images(tmp_path, capsys):

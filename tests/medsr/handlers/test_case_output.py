@@ -501,17 +501,6 @@ def test_another_input_of_the_same_name_is_not_taken_for_the_finished_one(tmp_pa
     assert pending(out, [scan("other", 1)], overwrite=True) == [scan("other", 1)]
 
 
-def test_inputs_are_read_once_for_the_check_and_the_run(tmp_path, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        "medsr.handlers.case_output.input_digest", lambda one: read.append(one["case"]) or "0"
-    )
-    report = RunReport(tmp_path, SHAPING, output=CaseOutput(tmp_path))
-    items = [{"case": "a"}, {"case": "b"}, {"case": "c", "error": "c: no partner"}]
-    assert report.pending(items) == report.pending(items) == items
-    assert read == ["a", "b"]
-
-
 def test_results_of_other_settings_or_weights_are_not_taken_for_these(tmp_path):
     run_of(tmp_path, "a")
     items = [{"case": "a"}, {"case": "b"}]

@@ -289,3 +289,13 @@ def test_a_file_is_known_by_its_middle_too_and_not_by_where_it_lies(tmp_path):
     assert digest("one", head) == digest("other", head)
     assert digest("one", head) != digest("one", air)
     assert digest("one", air) != digest("one", air + b"0")
+
+
+def test_a_case_is_known_by_all_of_its_files(tmp_path):
+    image, label = tmp_path / "image.nii", tmp_path / "label.nii"
+    image.write_bytes(b"1")
+    label.write_bytes(b"2")
+    item = {"case": "a", "image": str(image), "label": str(label)}
+    before = input_digest(item)
+    label.write_bytes(b"3")
+    assert input_digest(item) != before
