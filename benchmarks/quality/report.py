@@ -1,6 +1,8 @@
 """Write ``docs/results.md`` from the rows that ``benchmarks.quality.superres`` left: numbers are never typed.
 
-python -m benchmarks.quality.report "title=runs/known.json" "title=runs/mismatch.json" ...
+    python -m benchmarks.quality.report [--keep] "title=runs/known.json" "title=runs/mismatch.json" ...
+
+With ``--keep`` the parts of the page that are not named stay as they are.
 """
 
 from __future__ import annotations
@@ -38,14 +40,29 @@ def main() -> None:
     """Render all files given as ``title=path``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+")
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results.md"))
     arguments = parser.parse_args()
-    text = [HEAD.format(protocol=PROTOCOL, looked_at=", ".join(LOOKED_AT))]
+    parts = parts_of(arguments.output.read_text()) if arguments.keep else {}
     for part in arguments.parts:
         title, _, path = part.partition("=")
         rows = json.loads(Path(path).read_text())["rows"]
-        text += [f"## {title}\n", table(rows), "", gains(rows), "", summary(rows), ""]
-    arguments.output.write_text("\n".join(text))
+        parts[title] = "\n\n".join([table(rows), gains(rows), summary(rows)])
+    head = HEAD.format(protocol=PROTOCOL, looked_at=", ".join(LOOKED_AT))
+    arguments.output.write_text(
+        "\n".join([head, *(f"## {title}\n\n{body}\n" for title, body in parts.items())])
+    )
+
+
+def parts_of(page: str) -> dict[str, str]:
+    r"""Titles of a page and what stands below them, without its head.
+
+    Example:
+        >>> parts_of("# Page\n\n## One\n\n| 1 |\n\n## Two\n\n| 2 |\n")
+        {'One': '| 1 |', 'Two': '| 2 |'}
+    """
+    found = (part.partition("\n") for part in f"\n{page}".split("\n## ")[1:])
+    return {title: body.strip() for title, _, body in found}
 
 
 def gains(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -68,6 +68,25 @@ def test_the_page_says_who_was_looked_at(tmp_path: Path, monkeypatch: pytest.Mon
     assert str(tmp_path) not in text
 
 
+def test_parts_that_are_not_named_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+
+    def write(*more: str, **gains: float) -> str:
+        parts = []
+        for title, gain in gains.items():
+            (tmp_path / f"{title}.json").write_text(json.dumps({"rows": rows_of({"a": gain})}))
+            parts.append(f"{title}={tmp_path / f'{title}.json'}")
+        monkeypatch.setattr(sys, "argv", ["report", *more, *parts, "-o", str(page)])
+        report.main()
+        return page.read_text()
+
+    whole = write(one=1.0, two=2.0, three=3.0)
+    write(one=1.0, two=5.0, three=3.0)
+    assert write("--keep", two=2.0) == whole
+    assert write("--keep", four=4.0).startswith(whole)
+    assert "## one" not in write(four=4.0)
+
+
 def test_the_page_shows_and_explains_the_projected_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = rows_of({"a": 1.0})
     rows += [{**row, "method": f"{row['method']} + consistency"} for row in rows if row["method"] == "cubic"]
