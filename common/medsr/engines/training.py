@@ -20,6 +20,7 @@ from medsr.errors import DataError, SettingError, WeightsError
 from medsr.io.cases import find_cases
 from medsr.io.dicom import is_dicom_series
 from medsr.io.stereo import find_stereo_cases
+from medsr.networks.checkpoints import as_grey
 
 _log = logging.getLogger(__name__)
 
@@ -157,8 +158,9 @@ def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | 
     Tensors of another head may be absent. A handler would load them when training starts: too late for the average,
     which would begin at random weights. A prior that comes with weights of its own is finished: it is kept as it is,
     so that it stays a good estimate by itself and can be adapted to a scan by itself. A network with labels may
-    start from one without: until it is trained it treats the image as that one did, and ignores the labels. Tensors
-    that a network names in ``task_tensors`` start anew where the weights are of another scale or of other classes.
+    start from one without: until it is trained it treats the image as that one did, and ignores the labels. A network
+    of grey images may start from one of colour images, see :func:`~medsr.networks.checkpoints.as_grey`. Tensors that a
+    network names in ``task_tensors`` start anew where the weights are of another scale or of other classes.
 
     Args:
         path: plain state dict; None leaves the network as it is.
@@ -224,6 +226,8 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
         raise WeightsError(f"{name}: unknown tensor '{unknown[0]}'; made for another network")
     if getattr(network, "label_classes", 0):
         state = {key: _with_zeros(tensor, own[key].shape) for key, tensor in state.items()}
+    if getattr(network, "in_channels", None) == 1:
+        state = as_grey(state, own)
     wrong = [key for key in state if state[key].shape != own[key].shape]
     of_task = tuple(getattr(network, "task_tensors", ()))
     if wrong and all(key in of_task for key in wrong):

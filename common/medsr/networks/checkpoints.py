@@ -1,4 +1,4 @@
-"""Reading weights that others have published, strictly and safely."""
+"""Weights of another origin: read strictly and safely, and turned into those of a network for grey images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medsr.errors import WeightsError
 
-__all__ = ["load_checkpoint", "rename_tensors"]
+__all__ = ["as_grey", "load_checkpoint", "rename_tensors"]
 
 _HOLDERS = ("params_ema", "params", "state_dict", "model")
 """Keys under which training code keeps the state dict, the average of the weights first."""
@@ -46,6 +46,32 @@ def load_checkpoint(file: Path, *, kind: str) -> dict[str, Tensor]:
     if strange:
         raise WeightsError(f"{file.name}: '{strange[0]}' is no tensor: not {kind}")
     return {str(name).removeprefix("module."): value for name, value in found.items()}
+
+
+def as_grey(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a colour network for the same network of grey images.
+
+    What reads three channels gets the sum of its weights, what writes them their mean: the grey result is the mean of
+    the three that the colour network gives of three equal channels. Tensors of other shapes stay as they are.
+
+    Args:
+        state: tensors of the colour network by name.
+        wanted: tensors of the grey network, whose shapes count.
+
+    Example:
+        >>> colour = {"head": torch.ones(4, 3, 1, 1), "tail": torch.ones(6, 4, 1, 1)}
+        >>> grey = {"head": torch.zeros(4, 1, 1, 1), "tail": torch.zeros(2, 4, 1, 1)}
+        >>> {name: (tuple(one.shape), one.max().item()) for name, one in as_grey(colour, grey).items()}
+        {'head': ((4, 1, 1, 1), 3.0), 'tail': ((2, 4, 1, 1), 1.0)}
+    """
+    found = dict(state)
+    for name, tensor in state.items():
+        shape = wanted[name].shape if name in wanted else tensor.shape
+        if tensor.ndim > 1 and shape == (tensor.shape[0], 1, *tensor.shape[2:]) and tensor.shape[1] == 3:
+            found[name] = tensor.sum(1, keepdim=True)
+        elif tensor.ndim and (3 * shape[0], *shape[1:]) == tensor.shape:
+            found[name] = tensor.unflatten(0, (3, -1)).mean(0)
+    return found
 
 
 def rename_tensors(

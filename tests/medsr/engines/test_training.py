@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,14 @@ from medsr.engines.training import (
     with_prior,
 )
 from medsr.errors import DataError, WeightsError
+from medsr.networks.fmen import FMEN
 from medsr.networks.plane_fusion import JoinedPlanes
+from medsr.networks.se_gan import SEGenerator
 from medsr.networks.segsrnet import SEGSRNet
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.networks.spp_linknet import SPPLinkNet
+from medsr.networks.srgan import SRResNet
+from medsr.networks.vdsr import VDSR
 from monai.bundle import ConfigParser
 
 
@@ -236,6 +241,31 @@ def test_weights_of_another_task_start_all_but_its_tensors(tmp_path: Path, capsy
     torch.save(binary.state_dict(), tmp_path / "binary.pt")
     started = start_from(tmp_path / "binary.pt", parts).state_dict()
     assert torch.equal(started["encoder.conv1.weight"], binary.encoder.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(FMEN, features=8, mid_features=6, down_blocks=1, up_blocks=(1, 1), fused=True),
+        partial(FMEN, features=8, mid_features=6, down_blocks=1, up_blocks=(1, 1)),
+        partial(VDSR, layers=3, features=8),
+        partial(SRResNet, blocks=1, features=8),
+        partial(SEGenerator, blocks=1, features=8, reduction=4),
+    ],
+    ids=["FMEN, plain", "FMEN", "VDSR", "SRResNet", "SE-GAN"],
+)
+def test_a_grey_network_starts_as_the_mean_of_a_colour_one(build, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    colour, grey = build(channels=3).eval(), build(channels=1).eval()
+    for parameter in colour.parameters():
+        # Last layers start with zeros.
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save(colour.state_dict(), tmp_path / "colour.pt")
+    start_from(tmp_path / "colour.pt", grey)
+    image = torch.rand(1, 1, 9, 7)
+    with torch.no_grad():
+        expected = colour(image.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
+        torch.testing.assert_close(grey(image), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
