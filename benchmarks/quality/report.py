@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results.md"))
     arguments = parser.parse_args()
-    parts = parts_of(arguments.output.read_text()) if arguments.keep else {}
+    parts = parts_of(arguments.output.read_text()) if arguments.keep and arguments.output.exists() else {}
     for part in arguments.parts:
         title, _, path = part.partition("=")
         rows = json.loads(Path(path).read_text())["rows"]

@@ -143,7 +143,8 @@ def preflight(
 ) -> list[dict[str, str]]:
     """List the cases of a run, after a check of output folder, weights and all headers before the first voxel is read.
 
-    Only if no case is usable does the run end here; a bad one fails when its turn comes, and the others go on.
+    Only if no case is usable does the run end here; a bad one fails when its turn comes, and the others go on. Like
+    all that a config's ``run`` calls, this ends the process, with one line on stderr.
 
     Args:
         dataset_dir: input file or folder, or a list.
@@ -164,12 +165,14 @@ def preflight(
         data items of the cases that are to be done; a bad one has the key ``error``.
     """
     if not dataset_dir:
-        raise DataError("no input: set --dataset_dir to a file, a folder of files or a DICOM series folder")
+        raise DataError("no input: set --dataset_dir to files or folders as the bundle's docs/README.md says")
     if not str(output_dir):
         # It would be the current folder.
         raise OutputError("no output: set --output_dir to the folder for the results")
     cases = (find or partial(find_cases, follow_links=follow_links))(dataset_dir)
-    _refuse_same_folder([dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir, output_dir)
+    _refuse_same_folder(
+        [dataset_dir] if isinstance(dataset_dir, (str, Path)) else dataset_dir, cases, output_dir
+    )
     probe_folder(output_dir, create=False)
     pending = cases if report is None else report.pending(cases)
     if len(pending) < len(cases):
@@ -210,15 +213,22 @@ def preflight(
     return checked
 
 
-def _refuse_same_folder(inputs: Sequence[str | Path], output_dir: str | Path) -> None:
-    """Refuse to write results among the inputs: the next run would take them for inputs."""
+def _refuse_same_folder(
+    inputs: Sequence[str | Path], cases: Sequence[Mapping[str, str]], output_dir: str | Path
+) -> None:
+    """Refuse to write results among the inputs: a later run could take them for inputs.
+
+    A file that is named by itself may get its result beside it.
+    """
     output = Path(output_dir).expanduser().absolute()
-    for one in inputs:
-        if Path(one).is_dir() and output.is_dir() and output.samefile(one):
-            raise OutputError(
-                f"{output.name}: the results would lie among the inputs, and be inputs of the next run; "
-                "set another output folder"
-            )
+    given = [folder.absolute() for folder in map(Path, inputs) if folder.is_dir()]
+    files = [Path(value) for case in cases for key, value in case.items() if key not in ("case", "error")]
+    inside = {file.parent for file in files if any(map(file.is_relative_to, given))}
+    if output.is_dir() and any(output.samefile(folder) for folder in {*given, *inside} if folder.is_dir()):
+        raise OutputError(
+            f"{output.name}: the results would lie among the inputs, where a later run could take them for "
+            "inputs; set another output folder"
+        )
 
 
 def preflight_images(
@@ -229,7 +239,9 @@ def preflight_images(
     **checks: Any,
 ) -> list[dict[str, str]]:
     """:func:`preflight` for 2D images; its other checks are taken by name."""
-    return preflight(dataset_dir, output_dir, find=find, inspect=_inspect_image, **checks)
+    grey = getattr(checks.get("network"), "in_channels", None) == 1
+    inspect = _inspect_grey_image if grey else _inspect_image
+    return preflight(dataset_dir, output_dir, find=find, inspect=inspect, **checks)
 
 
 def preflight_pairs(
@@ -241,6 +253,15 @@ def preflight_pairs(
 
 def _inspect_image(case: Mapping[str, str]) -> None:
     read_image_header(case["image"])
+
+
+def _inspect_grey_image(case: Mapping[str, str]) -> None:
+    header = read_image_header(case["image"])
+    if header.channels > 1:
+        raise DataError(
+            f"{header.path.name}: a colour image, and this network is for grey ones; use weights for colour, or "
+            "convert the image to grey"
+        )
 
 
 def _inspect_pair(case: Mapping[str, str]) -> None:

@@ -159,8 +159,9 @@ def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | 
     which would begin at random weights. A prior that comes with weights of its own is finished: it is kept as it is,
     so that it stays a good estimate by itself and can be adapted to a scan by itself. A network with labels may
     start from one without: until it is trained it treats the image as that one did, and ignores the labels. A network
-    of grey images may start from one of colour images, see :func:`~medsr.networks.checkpoints.as_grey`. Tensors that a
-    network names in ``task_tensors`` start anew where the weights are of another scale or of other classes.
+    for grey images may start from weights for colour where it says so (``grey_from_colour``), see
+    :func:`~medsr.networks.checkpoints.as_grey`. Tensors that a network names in ``task_tensors`` start anew where the
+    weights are of another scale or of other classes.
 
     Args:
         path: plain state dict; None leaves the network as it is.
@@ -226,7 +227,7 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
         raise WeightsError(f"{name}: unknown tensor '{unknown[0]}'; made for another network")
     if getattr(network, "label_classes", 0):
         state = {key: _with_zeros(tensor, own[key].shape) for key, tensor in state.items()}
-    if getattr(network, "in_channels", None) == 1:
+    if getattr(network, "grey_from_colour", False) and network.in_channels == 1:
         state = as_grey(state, own)
     wrong = [key for key in state if state[key].shape != own[key].shape]
     of_task = tuple(getattr(network, "task_tensors", ()))

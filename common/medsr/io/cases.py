@@ -102,7 +102,7 @@ def mark_twins(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
     Twins get the key ``error`` and, as their case, the name of their file, with its folders as far as they tell the
     twins apart: they fail, and the others go on. Where cases find their partners by name, :func:`refuse_marked` ends
-    the run.
+    the run; a training, which writes nothing by these names, takes both.
 
     Args:
         items: with the keys ``image`` and ``case``.

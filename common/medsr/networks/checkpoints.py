@@ -49,7 +49,7 @@ def load_checkpoint(file: Path, *, kind: str) -> dict[str, Tensor]:
 
 
 def as_grey(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a colour network for the same network of grey images.
+    """Weights of a network from colour images to colour images for the same network of grey ones.
 
     What reads three channels gets the sum of its weights, what writes them their mean: the grey result is the mean of
     the three that the colour network gives of three equal channels. Tensors of other shapes stay as they are.
@@ -67,9 +67,11 @@ def as_grey(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
     found = dict(state)
     for name, tensor in state.items():
         shape = wanted[name].shape if name in wanted else tensor.shape
-        if tensor.ndim > 1 and shape == (tensor.shape[0], 1, *tensor.shape[2:]) and tensor.shape[1] == 3:
+        if tensor.ndim < 1 or tensor.ndim != len(shape):
+            continue
+        if tensor.ndim > 1 and tensor.shape[1] == 3 and shape == (tensor.shape[0], 1, *tensor.shape[2:]):
             found[name] = tensor.sum(1, keepdim=True)
-        elif tensor.ndim and (3 * shape[0], *shape[1:]) == tensor.shape:
+        elif tensor.shape == (3 * shape[0], *shape[1:]):
             found[name] = tensor.unflatten(0, (3, -1)).mean(0)
     return found
 

@@ -108,6 +108,9 @@ class FMEN(nn.Module):
 
     size_multiple = 1
 
+    grey_from_colour = True
+    """Its weights for colour are a start for grey images, see :func:`~medsr.networks.checkpoints.as_grey`."""
+
     def __init__(
         self,
         scale: int = 4,

@@ -123,6 +123,9 @@ class SEGenerator(nn.Module):
 
     size_multiple = 1
 
+    grey_from_colour = True
+    """Its weights for colour are a start for grey images, see :func:`~medsr.networks.checkpoints.as_grey`."""
+
     exact_halo = None
     """No finite halo makes tiling exact: the gates look at the whole image. See ``gated_halo``."""
 

@@ -73,6 +73,9 @@ class SRResNet(nn.Module):
 
     size_multiple = 1
 
+    grey_from_colour = True
+    """Its weights for colour are a start for grey images, see :func:`~medsr.networks.checkpoints.as_grey`."""
+
     half_precision_safe = True
     """bfloat16 is safe; the last convolution stays in float32. float16 is not tested."""
 

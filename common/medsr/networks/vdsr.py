@@ -62,6 +62,9 @@ class VDSR(nn.Module):
 
     size_multiple = 1
 
+    grey_from_colour = True
+    """Its weights for colour are a start for grey images, see :func:`~medsr.networks.checkpoints.as_grey`."""
+
     half_precision_safe = True
     """bfloat16 touches the residual only; the enlargement and the sum stay in float32. float16 is not tested."""
 

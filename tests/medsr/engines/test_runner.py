@@ -234,8 +234,22 @@ def test_results_do_not_lie_among_the_inputs(data, capsys):
     before = sorted(data.iterdir())
     with pytest.raises(SystemExit):
         preflight(str(data), data / ".." / data.name)
-    assert "inputs of the next run" in capsys.readouterr().err
+    assert "would lie among the inputs" in capsys.readouterr().err
     assert sorted(data.iterdir()) == before
+
+
+def test_labels_are_not_overwritten_by_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.nii.gz").touch()
+    for out in (tmp_path, tmp_path / "labels"):
+        code, line = failure(capsys, preflight, str(tmp_path), out, find=find_labelled_cases)
+        assert code == OutputError.exit_code
+        assert "would lie among the inputs" in line
+
+
+def test_a_file_may_get_its_result_beside_it(data: Path) -> None:
+    assert usable(preflight(str(data / "a.nii.gz"), data)) == ["a"]
 
 
 def test_a_missing_input_is_named(tmp_path, capsys):
@@ -426,6 +440,25 @@ def test_images_are_checked_as_images(tmp_path, capsys):
     Image.new("CMYK", (8, 6)).save(folder / "a.jpg")
     (folder / "a.png").unlink()
     assert failure(capsys, preflight_images, str(folder), tmp_path / "out")[0] != 0
+
+
+def test_colour_is_refused_by_a_network_for_grey_before_it_runs(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (8, 6)).save(folder / "a.png")
+    Image.new("L", (8, 6)).save(folder / "b.png")
+    grey = network()
+    grey.in_channels = 1
+    found = preflight_images(str(folder), tmp_path / "out", network=grey, weights=weights)
+    assert usable(found) == ["b"]
+    assert found[0]["error"].startswith("a.png: a colour image")
+    grey.in_channels = 3
+    assert usable(preflight_images(str(folder), tmp_path / "out", network=grey, weights=weights)) == [
+        "a",
+        "b",
+    ]
 
 
 def test_pairs_are_checked_as_pairs(tmp_path, capsys):
