@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError
 from medsr.geometry import thin_positions
-from medsr.networks.plane_prior import PlanePrior
+from medsr.networks.plane_prior import HIDDEN, PlanePrior
 from medsr.networks.position_readout import slabs_and_conditions
 
 __all__ = ["JoinedPlanes", "PlaneFusion", "estimate_from_planes"]
@@ -97,7 +97,7 @@ class JoinedPlanes(nn.Module):
     Args:
         channels: width of the fusion.
         label_classes: number of label channels behind the image channel.
-        blocks: number of blocks of the plane prior.
+        hidden: channels inside the blocks of the plane prior.
         scale: ratio that is used when ``forward`` is given none.
 
     Shape:
@@ -115,11 +115,16 @@ class JoinedPlanes(nn.Module):
     half_precision_safe = True
 
     def __init__(
-        self, channels: int = 16, *, label_classes: int = 0, blocks: int = 10, scale: float = 4.0
+        self,
+        channels: int = 16,
+        *,
+        label_classes: int = 0,
+        hidden: Sequence[int] = HIDDEN,
+        scale: float = 4.0,
     ) -> None:
         super().__init__()
         self.scale, self.label_classes = float(scale), int(label_classes)
-        self.prior = PlanePrior(blocks=blocks, label_classes=label_classes, scale=scale)
+        self.prior = PlanePrior(hidden=hidden, label_classes=label_classes, scale=scale)
         self.fusion = PlaneFusion(channels)
         self.exact_halo = self.prior.exact_halo + self.fusion.exact_halo
 
@@ -172,7 +177,7 @@ def estimate_from_planes(
         SettingError: if there is a fusion and the positions do not ascend.
 
     Example:
-        >>> planes = PlanePrior(channels=4, blocks=1)
+        >>> planes = PlanePrior(channels=4, hidden=[8])
         >>> args = {"scale": 2.0, "thickness": 1.0, "positions": [-0.25, 0.25, 0.75, 1.25]}
         >>> estimate_from_planes(planes, None, torch.zeros(1, 1, 4, 6, 2), **args).shape
         torch.Size([1, 1, 4, 6, 4])

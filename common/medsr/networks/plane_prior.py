@@ -8,7 +8,9 @@ Code: written from the papers. Weights: part of a bundle's ``model.pt``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +23,12 @@ from medsr.geometry import thin_positions
 from medsr.networks.blocks import without_autocast
 from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
 from medsr.resampling import interpolation_matrix
+from medsr.settings import as_whole_list, as_wholes
 
-__all__ = ["PlanePrior", "interpolated"]
+__all__ = ["HIDDEN", "PlanePrior", "interpolated"]
+
+HIDDEN = (8, 16, 48, 56, 64, 48, 48, 48, 48, 48)
+"""Channels inside the blocks: what training left of 64 each. The others never answered, or hardly ever."""
 
 
 class PlanePrior(nn.Module):
@@ -35,9 +41,8 @@ class PlanePrior(nn.Module):
     one weight set per ratio.
 
     Args:
-        channels: width of the trunk; every block widens it ``expansion`` times before its activation.
-        blocks: number of wide-activation blocks.
-        expansion: channels inside a block divided by ``channels``.
+        channels: width of the trunk.
+        hidden: channels inside each wide-activation block, before and after its activation.
         basis: number of maps that are read out.
         label_classes: number of label channels behind the image channel; their results are logits.
         scale: ratio that is used when ``forward`` is given none.
@@ -49,7 +54,7 @@ class PlanePrior(nn.Module):
         SettingError: if a size is not positive.
 
     Example:
-        >>> PlanePrior(channels=8, blocks=1)(torch.zeros(1, 1, 16, 4), scale=2.5).shape
+        >>> PlanePrior(channels=8, hidden=[16])(torch.zeros(1, 1, 16, 4), scale=2.5).shape
         torch.Size([1, 1, 16, 10])
 
     Reference:
@@ -62,28 +67,27 @@ class PlanePrior(nn.Module):
     def __init__(
         self,
         channels: int = 32,
-        blocks: int = 10,
+        hidden: Sequence[int] = HIDDEN,
         *,
-        expansion: int = 2,
         basis: int = 32,
         label_classes: int = 0,
         scale: float = 4.0,
     ) -> None:
         super().__init__()
-        if min(channels, blocks, expansion, basis) < 1:
-            raise SettingError(
-                f"channels, blocks, expansion and basis must be >= 1, got {channels}, {blocks}, {expansion}, {basis}"
-            )
+        channels, basis = as_wholes(1, channels=channels, basis=basis)
+        hidden = as_whole_list("hidden", hidden, 1)
+        if not hidden:
+            raise SettingError("hidden must hold a number for each block, got none")
         self.scale, self.label_classes = float(scale), int(label_classes)
         self.head = nn.Conv2d(1 + label_classes, channels, 3, padding=1)
         self.condition = nn.Linear(2, channels)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(channels, channels * expansion, 3, padding=1),
+                nn.Conv2d(channels, inside, 3, padding=1),
                 nn.ReLU(inplace=True),
-                nn.Conv2d(channels * expansion, channels, 3, padding=1),
+                nn.Conv2d(inside, channels, 3, padding=1),
             )
-            for _ in range(blocks)
+            for inside in hidden
         )
         self.to_basis = nn.Conv2d(channels, basis, 3, padding=1)
         self.readout = PositionReadout(basis, 1 + label_classes)
@@ -93,7 +97,7 @@ class PlanePrior(nn.Module):
             nn.init.zeros_(block[2].weight)
             nn.init.zeros_(block[2].bias)
         # Head, two convolutions per block, and the basis read one neighbour each.
-        self.exact_halo = 2 * blocks + 2
+        self.exact_halo = 2 * len(hidden) + 2
 
     def forward(
         self,
@@ -113,6 +117,60 @@ class PlanePrior(nn.Module):
         residual = _read(self._basis_maps(image, scale, thickness), slabs, weights, bias)
         return interpolated(image, positions) + residual
 
+    @torch.no_grad()
+    def pruned(self, hidden: Sequence[int], examples: Iterable[tuple[Tensor, float, float]]) -> PlanePrior:
+        """A smaller prior without the channels that add least inside the blocks.
+
+        What counts is a channel's mean over the examples times the sum of its outgoing weights' sizes. Of a channel
+        that goes the mean stays, in the bias behind it.
+
+        Args:
+            hidden: how many channels each block keeps.
+            examples: planes, scale and thickness, as :meth:`forward` takes them.
+
+        Raises:
+            SettingError: if a block has fewer channels, or there are more or fewer blocks.
+
+        Example:
+            >>> planes = PlanePrior(channels=8, hidden=[16, 16]).pruned([4, 12], [(torch.rand(2, 1, 8, 4), 2.0, 1.0)])
+            >>> [block[0].out_channels for block in planes.blocks]
+            [4, 12]
+        """
+        there = [block[0].out_channels for block in self.blocks]
+        if len(hidden) != len(there) or any(map(operator.gt, hidden, there)):
+            raise SettingError(f"hidden must be at most {there}, got {list(hidden)}")
+        sums, count = [torch.zeros(size) for size in there], 0
+        hooks = [
+            block[1].register_forward_hook(partial(_add_means, sums[number]))
+            for number, block in enumerate(self.blocks)
+        ]
+        try:
+            for planes, scale, thickness in examples:
+                self(planes, scale, thickness)
+                count += 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+        state = self.state_dict()
+        for number, (size, total) in enumerate(zip(hidden, sums, strict=True)):
+            into, out = f"blocks.{number}.0", f"blocks.{number}.2"
+            means, weight = total / max(1, count), state[f"{out}.weight"]
+            order = (means * weight.abs().sum((0, 2, 3))).argsort(descending=True, stable=True)
+            kept, gone = order[:size].sort().values, order[size:]
+            state[f"{out}.bias"] = state[f"{out}.bias"] + weight[:, gone].sum((2, 3)) @ means[gone]
+            state[f"{out}.weight"] = weight[:, kept]
+            for part in ("weight", "bias"):
+                state[f"{into}.{part}"] = state[f"{into}.{part}"][kept]
+        smaller = PlanePrior(
+            self.head.out_channels,
+            hidden,
+            basis=self.readout.basis,
+            label_classes=self.label_classes,
+            scale=self.scale,
+        )
+        smaller.load_state_dict(state)
+        return smaller
+
     def _basis_maps(self, image: Tensor, scale: float, thickness: float) -> Tensor:
         """Maps ``(B, M, H, D)`` that are read out, float32."""
         settings = torch.tensor(
@@ -122,6 +180,10 @@ class PlanePrior(nn.Module):
         for block in self.blocks:
             features = features + block(features)
         return F.relu(self.to_basis(features)).float()
+
+
+def _add_means(total: Tensor, _: nn.Module, __: tuple[Tensor], features: Tensor) -> None:
+    total += features.mean((0, 2, 3))
 
 
 def interpolated(image: Tensor, positions: npt.NDArray[np.float64]) -> Tensor:

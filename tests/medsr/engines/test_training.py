@@ -176,7 +176,7 @@ def test_joined_planes_bring_prior_and_fusion_and_both_are_kept(tmp_path):
 
 
 def test_joined_planes_need_a_network_that_joins(tmp_path, capsys):
-    torch.save(JoinedPlanes(channels=2, blocks=1).state_dict(), tmp_path / "joined.pt")
+    torch.save(JoinedPlanes(channels=2, hidden=[8]).state_dict(), tmp_path / "joined.pt")
     with pytest.raises(SystemExit):
         start_from(None, WithPrior(), tmp_path / "joined.pt")
     assert "does not join planes" in capsys.readouterr().err

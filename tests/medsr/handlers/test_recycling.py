@@ -135,7 +135,7 @@ def test_without_a_time_nothing_is_watched():
 @pytest.mark.parametrize(
     ("network", "data", "count"),
     [
-        (PlanePrior(channels=4, blocks=3), torch.rand(1, 1, 8, 5), 8 * 3),
+        (PlanePrior(channels=4, hidden=[8, 8, 8]), torch.rand(1, 1, 8, 5), 8 * 3),
         (VDSR(layers=5, features=6), torch.rand(1, 3, 4, 4), 6 * 4),
         (SEGenerator(features=4, blocks=3), torch.rand(1, 3, 4, 4), 4 * 3),
     ],

@@ -37,7 +37,7 @@ def test_it_starts_as_the_mean_of_both_axes():
 @pytest.mark.parametrize(("height", "width"), [(3, 5), (12, 64), (27, 131), (41, 65)])
 @pytest.mark.parametrize("channels", [0, 3])
 def test_bands_without_gradients_give_what_the_whole_gives(height, width, channels):
-    prior = randomised(PlanePrior(channels=4, blocks=1))
+    prior = randomised(PlanePrior(channels=4, hidden=[8]))
     fusion = randomised(PlaneFusion(channels, layers=4)) if channels else None
     image, arguments = stack(height, width, 4), {"scale": 2.5, "thickness": 0.9}
     positions = [-0.3, 0.1, 0.5, 0.9, 1.3, 1.7, 2.1, 2.5, 2.9, 3.3]
@@ -53,7 +53,7 @@ def test_bands_without_gradients_give_what_the_whole_gives(height, width, channe
 
 
 def test_turning_the_volume_about_its_slice_axis_swaps_the_readings():
-    prior, image = randomised(PlanePrior(channels=4, blocks=1)), stack(10, 7, 4)
+    prior, image = randomised(PlanePrior(channels=4, hidden=[8])), stack(10, 7, 4)
     arguments = {"scale": 2.0, "thickness": 1.0, "positions": [0.25, 0.75, 1.25]}
     found = estimate_from_planes(prior, None, image, **arguments)
     turned = estimate_from_planes(prior, None, image.transpose(2, 3), **arguments)
@@ -61,7 +61,7 @@ def test_turning_the_volume_about_its_slice_axis_swaps_the_readings():
 
 
 def test_the_mean_takes_positions_in_any_order_and_a_fusion_refuses_it():
-    prior, fusion = randomised(PlanePrior(channels=4, blocks=1)), PlaneFusion(2)
+    prior, fusion = randomised(PlanePrior(channels=4, hidden=[8])), PlaneFusion(2)
     arguments = {"scale": 2.0, "thickness": 1.0}
     image, positions, order = stack(6, 7, 4), np.array([-0.25, 0.25, 0.75, 1.25, 1.75]), [3, 0, 4, 1, 2]
     with torch.inference_mode():
@@ -86,7 +86,7 @@ def test_a_block_with_the_stated_halo_is_exact():
 
 
 def test_labels_are_averaged_and_the_image_is_joined():
-    joined = randomised(JoinedPlanes(channels=4, label_classes=2, blocks=1))
+    joined = randomised(JoinedPlanes(channels=4, label_classes=2, hidden=[8]))
     image = torch.rand(1, 3, 8, 9, 5)
     with torch.inference_mode():
         found = joined(image, 2.0)
@@ -114,7 +114,7 @@ def test_it_learns_which_reading_to_trust():
 
 
 def test_a_frozen_prior_lets_the_fusion_learn():
-    joined = randomised(JoinedPlanes(channels=2, blocks=1))
+    joined = randomised(JoinedPlanes(channels=2, hidden=[8]))
     joined.prior.requires_grad_(False)
     joined(stack(8, 8, 4), 2.0).square().mean().backward()
     assert all(p.grad is None for p in joined.prior.parameters())
@@ -122,7 +122,7 @@ def test_a_frozen_prior_lets_the_fusion_learn():
 
 
 def test_weights_and_results_are_those_of_the_last_release(golden):
-    joined = randomised(JoinedPlanes(channels=4, blocks=1))
+    joined = randomised(JoinedPlanes(channels=4, hidden=[8]))
     names = "\n".join(f"{key} {tuple(value.shape)}" for key, value in joined.state_dict().items())
     with torch.inference_mode():
         result = joined(stack(16, 12, 5), 3.0)

@@ -16,7 +16,7 @@ RATIOS = (1.5, 2, 2.5, 3, 3.3, 4, 6, 8)
 
 def tiny(*, trained: bool = False) -> PlanePrior:
     torch.manual_seed(0)
-    network = PlanePrior(channels=8, blocks=2, basis=6)
+    network = PlanePrior(channels=8, hidden=[16, 16], basis=6)
     if trained:
         with torch.no_grad():
             for parameter in network.parameters():
@@ -107,7 +107,7 @@ def test_a_few_steps_learn_something_that_the_cubic_interpolation_misses():
     fine = torch.stack([torch.sign(torch.sin(grid * f + p)) for f, p in ((1.0, 0.3), (0.7, 1.0), (1.3, 2.0))])
     fine = fine[:, None, None].expand(-1, 1, 16, -1) * 0.3 + 0.5
     thick = fine.unflatten(-1, (24, 4)).mean(-1)
-    network = PlanePrior(channels=16, blocks=2)
+    network = PlanePrior(channels=16, hidden=[32, 32])
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     before = float((network(thick) - fine).abs().mean().detach())
     for _ in range(100):
@@ -120,7 +120,39 @@ def test_a_few_steps_learn_something_that_the_cubic_interpolation_misses():
 
 def test_sizes_out_of_range_are_named():
     with pytest.raises(SettingError, match="0"):
-        PlanePrior(blocks=0)
+        PlanePrior(hidden=[0])
+
+
+def test_channels_that_never_answer_can_be_taken_out():
+    network, image = tiny(trained=True), planes()
+    with torch.no_grad():
+        for block in network.blocks:
+            # Channels 3 to 8 are at zero whatever they see.
+            block[0].weight[3:9] *= 1e-3
+            block[0].bias[3:9] = -10
+        smaller = network.pruned([10, 12], [(image, 3.0, 1.0), (image, 4.0, 0.8)]).eval()
+        found, expected = smaller(image, 2.5), network(image, 2.5)
+    assert [block[0].out_channels for block in smaller.blocks] == [10, 12]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_channel_that_always_answers_alike_leaves_its_mean():
+    network, image = tiny(trained=True), planes()
+    with torch.no_grad():
+        for block in network.blocks:
+            block[0].weight[5:] = 0
+            block[0].bias[5:] = 0.3
+            block[2].weight[:, 5:] *= 0.01
+        smaller = network.pruned([5, 5], [(image, 3.0, 1.0)]).eval()
+        # Beside the border, where convolutions see zeros.
+        found, expected = (one(image, 3.0)[:, :, 5:-5] for one in (smaller, network))
+    torch.testing.assert_close(found[..., 6:-6], expected[..., 6:-6], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("hidden", [[16], [17, 16], [4, 4, 4]])
+def test_only_smaller_blocks_can_be_left(hidden):
+    with pytest.raises(SettingError, match=r"at most \[16, 16\]"):
+        tiny().pruned(hidden, [])
 
 
 def test_positions_may_be_numpy_or_a_list():
@@ -133,7 +165,7 @@ def test_positions_may_be_numpy_or_a_list():
 
 def test_labels_start_as_their_linear_interpolation_and_learn_with_the_image():
     torch.manual_seed(0)
-    network = PlanePrior(8, 1, label_classes=2)
+    network = PlanePrior(8, [16], label_classes=2)
     planes = torch.cat([torch.rand(3, 1, 12, 5), (torch.rand(3, 2, 12, 5) > 0.5).float()], dim=1)
     found = network(planes, scale=3.5)
     assert found.shape == (3, 3, 12, 18)
