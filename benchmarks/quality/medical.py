@@ -44,8 +44,8 @@ HEAD = """# Results on medical images
 
 Written by `python -m benchmarks.quality.medical`. Grey images, x{scale}: {counts}. None of the
 eyes, scenes and volumes was seen in training. They are few, and show nothing clinical. Low resolution: MATLAB-style
-antialiased bicubic, rounded to 8 bits at the end. PSNR in dB and SSIM: `{protocol}`, means over the images; `all` is
-the mean over the kinds.
+antialiased bicubic, rounded to 8 bits at the end. PSNR in dB and SSIM, means over the images; `all` is the mean over
+the kinds. Protocol: `{protocol}`.
 
 `medical` is the network for grey images that was trained on from the other weights on images of the three kinds, for as
 many minutes as the others; the weights without this word learnt from photographs, and get the image as three equal
