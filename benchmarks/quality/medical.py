@@ -11,22 +11,17 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from medsr import catalog
+from medsr.engines.image_comparison import DEGRADATION, ImageComparison, image_table
 from medsr.engines.runner import one_line_errors
-from medsr.export import bundle_network
-from medsr.inferers.image_superres import ImageSuperResInferer
-from medsr.io.images import find_images, read_image
-from medsr.metrics.image import ImageProtocol, mean_score
-from medsr.networks.layout import channels_last
-from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
-from torch import Tensor
+from medsr.io.images import find_images
+from medsr.metrics.image import ImageProtocol
 
 from benchmarks.quality import medical_folder
+from benchmarks.quality.sisr import shipped_by
 
 SCALE = 4
 PROTOCOL = ImageProtocol(channel="y", border=SCALE)
@@ -42,22 +37,18 @@ METHODS: dict[str, tuple[str, list[str]]] = {
 
 HEAD = """# Results on medical images
 
-Written by `python -m benchmarks.quality.medical`. Grey images, x{scale}: {counts}. None of the
-eyes, scenes and volumes was seen in training. They are few, and show nothing clinical. Low resolution: MATLAB-style
-antialiased bicubic, rounded to 8 bits at the end. PSNR in dB and SSIM, means over the images; `all` is the mean over
-the kinds. Protocol: `{protocol}`.
+Written by `python -m benchmarks.quality.medical`. Grey images, x{scale}. None of the eyes, scenes and volumes was
+seen in training. They are few, and show nothing clinical. Degradation: {degradation}.
+`all` is the mean over the images, most of which are slices of MRI.
 
 `medical` is the network for grey images that was trained on from the other weights on images of the three kinds, for as
 many minutes as the others; the weights without this word learnt from photographs, and get the image as three equal
 channels.
-
 """
-
-Restore = Callable[[Tensor], Tensor]
 
 
 def main() -> None:
-    """Print the table, and write the page if asked for."""
+    """Print the page, and write it if asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
     parser.add_argument("--report", type=Path, default=None)
@@ -68,61 +59,18 @@ def compare(*, data: Path, report: Path | None) -> list[dict[str, Any]]:
     """Measure all methods on the test images."""
     with tempfile.TemporaryDirectory() as folder:
         medical_folder.write_part("test", Path(folder), data)
-        sharp = {case["case"]: _read(case["image"]) for case in find_images(folder)}
-    degrade = BicubicDownsample(SCALE, rounding="end")
-    low = {name: degrade(image) for name, image in sharp.items()}
-    rows = []
-    for method, restore in {"bicubic": _bicubic, **{name: restorer(name) for name in METHODS}}.items():
-        found = {name: PROTOCOL.score(restore(image), sharp[name]) for name, image in low.items()}
-        for kind, scores in _by_kind(found).items():
-            means = {key: mean_score(score[key] for score in scores).mean for key in ("psnr_db", "ssim")}
-            rows.append({"method": method, "kind": kind, "images": len(scores), **means})
-            print(f"{method:18s} {kind:10s} {means['psnr_db']:.2f} dB {means['ssim']:.4f}")
+        networks = {name: shipped_by(*found) for name, found in METHODS.items()}
+        rows = ImageComparison(find_images(folder), networks, scale=SCALE, protocols=[PROTOCOL]).run()
+    text = page(rows)
+    print(text)
     if report is not None:
-        report.write_text(page(rows), encoding="utf-8")
+        report.write_text(text, encoding="utf-8")
     return rows
 
 
-def restorer(method: str) -> Restore:
-    """Function from a coarse grey image ``(1, H, W)`` to a fine one, with the network of a method."""
-    name, overlays = METHODS[method]
-    root = catalog.bundle_root(name)
-    network = channels_last(bundle_network(root, [root / "configs" / overlay for overlay in overlays])[0])
-    infer = ImageSuperResInferer()
-    return lambda image: infer(image[None], network)[0]
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    """The rows as a page, a column for each kind."""
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    counts = {row["kind"]: row["images"] for row in rows}
-    head = HEAD.format(
-        scale=SCALE,
-        counts=", ".join(f"{counts[kind]} of {kind}" for kind in kinds),
-        protocol=PROTOCOL.identifier,
-    )
-    lines = ["| method | " + " | ".join([*kinds, "all"]) + " |", "|---" * (len(kinds) + 2) + "|"]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        means = [sum(row[key] for row in own) / len(own) for key in ("psnr_db", "ssim")]
-        pairs = [*((row["psnr_db"], row["ssim"]) for row in own), tuple(means)]
-        lines.append(f"| {method} | " + " | ".join(f"{psnr:.2f}, {ssim:.4f}" for psnr, ssim in pairs) + " |")
-    return head + "\n".join(lines) + "\n"
-
-
-def _by_kind(scores: Mapping[str, Any]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for name, score in scores.items():
-        found.setdefault(name.partition("-")[0], []).append(score)
-    return found
-
-
-def _bicubic(image: Tensor) -> Tensor:
-    return bicubic_resize(image, (SCALE * image.shape[-2], SCALE * image.shape[-1]))
-
-
-def _read(path: str) -> Tensor:
-    return modcrop(torch.from_numpy(read_image(path).values), SCALE)
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a page."""
+    return f"{HEAD.format(scale=SCALE, degradation=DEGRADATION)}\n{image_table(rows)}\n"
 
 
 if __name__ == "__main__":

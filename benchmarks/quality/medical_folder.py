@@ -21,11 +21,9 @@ from medsr.geometry import spacing_of
 from medsr.io.cases import case_name, read_case
 from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding
-from medsr.io.loading import LoadImageFiled
 from medsr.io.writing import probe_folder
 from medsr.metrics.volume import head_mask
 from medsr.transforms.intensity import PercentileToUnitd
-from medsr.transforms.stereo import EndoVis17Framed
 from monai.data import MetaTensor
 from torch import Tensor
 
@@ -38,9 +36,6 @@ _ANISOTROPY = 1.2
 
 SLICES = 3
 """Slices of a volume and an axis."""
-
-INTERLACED = "endovis17"
-"""Folder of frames that have a border, and two fields of which one is taken."""
 
 TEST_SUBJECTS = ("glioma-t1c-3", "ms-flair-19", "head-t1", "oasis-t1-a", "oasis-t1-e")
 
@@ -99,10 +94,7 @@ def write_photographs(sources: Mapping[str, float], data: Path, target: Path) ->
     """Write photographs in grey, reduced; names begin with that of the target."""
     for number, (name, factor) in enumerate(sources.items()):
         path = Path(name)
-        item = LoadImageFiled("image", channels=1)({"image": data / name})
-        if INTERLACED in path.parts:
-            item = EndoVis17Framed("image")(item)
-        image = item["image"].as_tensor()
+        image = stereo_folder.read_frame(data / name, channels=1).as_tensor()
         write_grey(target, f"{number:02d}-{case_name(path, suffixes=(path.suffix,))}", reduced(image, factor))
     return len(sources)
 

@@ -155,8 +155,12 @@ def shipped_networks() -> tuple[dict[str, nn.Module], dict[str, str]]:
 
 def shipped(method: str) -> nn.Module:
     """Network of a method with its shipped weights."""
-    name, overlays = BUNDLES[method]
-    root = catalog.bundle_root(name)
+    return shipped_by(*BUNDLES[method])
+
+
+def shipped_by(bundle: str, overlays: Sequence[str]) -> nn.Module:
+    """Network of a bundle and overlays with its shipped weights."""
+    root = catalog.bundle_root(bundle)
     return channels_last(bundle_network(root, [root / "configs" / overlay for overlay in overlays])[0])
 
 

@@ -26,6 +26,7 @@ from medsr.io.images import ImageEncoding
 from medsr.io.loading import LoadImageFiled
 from medsr.io.writing import probe_folder
 from medsr.transforms.stereo import AlignRowsd, EndoVis17Framed, JoinViewsd, SplitViewsd
+from monai.data import MetaTensor
 from torch import Tensor
 
 from benchmarks.reduced import reduced
@@ -65,6 +66,9 @@ TEST = {
 
 PARTS = {"train": TRAIN, "check": CHECK, "test": TEST}
 
+FRAMED = "endovis17"
+"""Folder of frames that have a border, and two fields of which one is taken."""
+
 SINGLE = {
     "endovis17": ("instrument_seg/endovis17/images", 2.0),
     "cholec80": ("surgical_frames/cholec80_video01", 1.0),
@@ -84,7 +88,7 @@ def main() -> None:
     for kind, (where, factor) in SINGLE.items():
         paths = sorted((arguments.data / where).glob("*.png"))
         for path in paths:
-            write_frame(path, folder / f"{kind}-{path.stem}.png", factor, framed=kind == "endovis17")
+            write_frame(path, folder / f"{kind}-{path.stem}.png", factor)
         print(f"single {kind}: {len(paths)} images")
 
 
@@ -115,12 +119,19 @@ def write_pair(source: Path, pair: Pair, target: Path) -> str:
     return ", ".join(f"{key} {float(meta[key]):.2f}" for key in keys if key in meta)
 
 
-def write_frame(path: Path, target: Path, factor: float, *, framed: bool) -> None:
-    """Write a frame of one camera, reduced; without interlaced rows and border if it is framed as EndoVis 2017."""
-    item = LoadImageFiled("image")({"image": path})
-    if framed:
+def write_frame(path: Path, target: Path, factor: float) -> None:
+    """Write a frame of one camera, reduced."""
+    image = read_frame(path)
+    write(target, reduced(image.as_tensor(), factor), image.meta)
+
+
+def read_frame(path: Path, channels: int | None = None) -> MetaTensor:
+    """Read a photograph; frames of EndoVis 2017 without interlaced rows and border."""
+    item = LoadImageFiled("image", channels=channels)({"image": path})
+    if FRAMED in path.parts:
         item = EndoVis17Framed("image")(item)
-    write(target, reduced(item["image"].as_tensor(), factor), item["image"].meta)
+    image: MetaTensor = item["image"]
+    return image
 
 
 def write(path: Path, values: Tensor, meta: Any) -> None:

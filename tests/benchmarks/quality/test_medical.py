@@ -8,6 +8,7 @@ import torch
 from medsr import catalog
 from medsr.io.images import read_image
 from medsr.io.writing import write_nifti
+from medsr.networks.vdsr import VDSR
 from medsr.phantoms import head
 from PIL import Image
 
@@ -71,7 +72,7 @@ def test_every_method_is_a_bundle_with_its_overlays(bundle: str, overlays: list[
     assert all((root / "configs" / name).is_file() for name in ("inference.json", *overlays))
 
 
-def test_the_page_has_a_column_for_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_compares_all_methods_for_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volume, affine = head(40)
     (tmp_path / "data").mkdir()
     write_nifti(tmp_path / "data" / "head.nii.gz", volume, affine=affine)
@@ -81,15 +82,22 @@ def test_the_page_has_a_column_for_each_kind(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(medical_folder, "fundus", lambda part: {"eye.png": 1.0})
     monkeypatch.setattr(medical_folder, "endoscopy", lambda part, data: {})
     monkeypatch.setattr(medical_folder, "volumes", lambda part: ["head.nii.gz"])
-    monkeypatch.setattr(medical, "METHODS", {"again": ("", [])})
-    monkeypatch.setattr(medical, "restorer", lambda method: medical._bicubic)
+    monkeypatch.setattr(medical, "METHODS", {"again": ("a bundle", [])})
+    # Before its first step it is bicubic interpolation, of three equal channels here.
+    monkeypatch.setattr(
+        medical, "shipped_by", lambda *_: VDSR(layers=3, features=4, interpolation_start=True)
+    )
     report = tmp_path / "page.md"
     rows = medical.compare(data=tmp_path / "data", report=report)
-    assert [(row["method"], row["kind"]) for row in rows] == [
-        (method, kind) for method in ("bicubic", "again") for kind in ("fundus", "mri")
-    ]
+    assert {(row["method"], row["group"]) for row in rows} == {
+        (method, kind) for method in ("bicubic", "lanczos", "again") for kind in ("fundus", "mri")
+    }
+    assert {row["protocol"] for row in rows} == {medical.PROTOCOL.identifier}
     lines = report.read_text().splitlines()
-    assert "| method | fundus | mri | all |" in lines
-    bicubic, again = (line.split("|")[2:] for line in lines[-2:])
-    assert bicubic == again
-    assert f"1 of fundus, {3 * medical_folder.SLICES} of mri" in " ".join(lines)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    found = {(kind, method): rest for kind, _, method, *rest in cells}
+    counts = {kind: count for kind, count, *_ in cells}
+    assert (counts["fundus"], counts["mri"]) == ("1", str(3 * medical_folder.SLICES))
+    for kind in ("fundus", "mri", "all"):
+        assert found[kind, "again"] == found[kind, "bicubic"]
+        assert found[kind, "again"] != found[kind, "lanczos"]
