@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from medsr.engines.runner import one_line_errors
 from medsr.errors import DataError, SettingError, WeightsError
-from medsr.io.cases import find_cases
+from medsr.io.cases import find_cases, refuse_marked
 from medsr.io.dicom import is_dicom_series
 from medsr.io.stereo import find_stereo_cases
 from medsr.networks.checkpoints import as_grey
@@ -143,10 +143,7 @@ def pair_items(sources: str | Path | Sequence[str | Path], key: str = "label") -
     if not sources:
         raise DataError("no training pairs: set --dataset_dir to a folder of pairs, or a list of folders")
     folders = [sources] if isinstance(sources, (str, Path)) else sources
-    found = [item for folder in folders for item in find_stereo_cases(folder)]
-    alone = [item["error"] for item in found if "error" in item]
-    if alone:
-        raise DataError(alone[0])
+    found = refuse_marked([item for folder in folders for item in find_stereo_cases(folder)])
     names = {"image": key, "image_right": f"{key}_right"}
     return [{names[name]: item[name] for name in names if name in item} for item in found]
 

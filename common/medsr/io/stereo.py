@@ -130,9 +130,10 @@ def find_stereo_pairs(source: PathLike, right: PathLike | None = None) -> list[d
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder.name}: no such folder; a folder of stereo pairs is needed")
-    if right is not None:
-        return _paired(_by_case(folder), _by_case(Path(right)))
-    return _paired(*(_view_folders(folder) or _by_name(folder)))
+    views = _view_folders(folder) if right is None else (find_images(folder), find_images(Path(right)))
+    if views is None:
+        return _paired(*_sides(folder, refuse_marked(find_images(folder))))
+    return _paired(*(_by_case(refuse_marked(items)) for items in views))
 
 
 def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
@@ -163,11 +164,10 @@ def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, s
     items: list[dict[str, str]] = []
     files: dict[Path, list[dict[str, str]]] = {}
     for path in (Path(one).expanduser() for one in sources):
-        twins: list[dict[str, str]] = []
-        inside = _view_folders(path, twins)
-        if inside is not None:
-            items += twins
-            items += _cases(*inside)
+        views = _view_folders(path)
+        if views is not None:
+            items += [item for found in views for item in found if "error" in item]
+            items += _cases(*map(_by_case, views))
             continue
         for item in find_images(path):
             files.setdefault(Path(item["image"]).parent, []).append(item)
@@ -216,30 +216,20 @@ _Sides = tuple[dict[str, str], dict[str, str]]
 """Files of the left and of the right views by case."""
 
 
-def _by_case(folder: Path, twins: list[dict[str, str]] | None = None) -> dict[str, str]:
-    """The views of a folder; those of one case name go to the list, or are refused without one."""
-    found = find_images(folder)
-    if twins is None:
-        refuse_marked(found)
-    else:
-        twins += [item for item in found if "error" in item]
-    return {item["case"]: item["image"] for item in found if "error" not in item}
+def _by_case(items: Sequence[dict[str, str]]) -> dict[str, str]:
+    return {item["case"]: item["image"] for item in items if "error" not in item}
 
 
-def _view_folders(folder: Path, twins: list[dict[str, str]] | None = None) -> _Sides | None:
-    """The views in the two folders inside, if they are there; for twins see :func:`_by_case`."""
+def _view_folders(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]] | None:
+    """Left and right views of the two folders inside, if they are there."""
     for names in _FOLDERS:
         there = [name for name in names if (folder / name).is_dir()]
         if len(there) == 2:
-            return _by_case(folder / there[0], twins), _by_case(folder / there[1], twins)
+            return find_images(folder / there[0]), find_images(folder / there[1])
         if there and not any(child.is_file() for child in folder.iterdir()):
             missing = names[1 - names.index(there[0])]
             raise DataError(f"{folder.name}: there is a folder {there[0]}, but no {missing} beside it")
     return None
-
-
-def _by_name(folder: Path) -> _Sides:
-    return _sides(folder, refuse_marked(find_images(folder)))
 
 
 def _sides(folder: Path, items: Sequence[dict[str, str]]) -> _Sides:
