@@ -240,8 +240,7 @@ def preflight_images(
 ) -> list[dict[str, str]]:
     """:func:`preflight` for 2D images; its other checks are taken by name."""
     grey = getattr(checks.get("network"), "in_channels", None) == 1
-    inspect = _inspect_grey_image if grey else _inspect_image
-    return preflight(dataset_dir, output_dir, find=find, inspect=inspect, **checks)
+    return preflight(dataset_dir, output_dir, find=find, inspect=partial(_inspect_image, grey=grey), **checks)
 
 
 def preflight_pairs(
@@ -251,13 +250,9 @@ def preflight_pairs(
     return preflight(dataset_dir, output_dir, find=find_stereo_cases, inspect=_inspect_pair, **checks)
 
 
-def _inspect_image(case: Mapping[str, str]) -> None:
-    read_image_header(case["image"])
-
-
-def _inspect_grey_image(case: Mapping[str, str]) -> None:
+def _inspect_image(case: Mapping[str, str], *, grey: bool) -> None:
     header = read_image_header(case["image"])
-    if header.channels > 1:
+    if grey and header.channels > 1:
         raise DataError(
             f"{header.path.name}: a colour image, and this network is for grey ones; use weights for colour, or "
             "convert the image to grey"
