@@ -9,6 +9,7 @@ answer is measured on planes drawn as for training (``train_planes.json`` over t
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def prune(weights: Path, out: Path, *, data: Path, batches: int) -> None:
     state = load_checkpoint(weights, kind="weights of mri_rehrseg_superres")
     prefix = "prior." if "prior.head.weight" in state else ""
     own = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
-    prior = PlanePrior(hidden=[len(own[f"blocks.{block}.0.weight"]) for block in range(len(HIDDEN))])
+    inside = [len(tensor) for name, tensor in own.items() if re.fullmatch(r"blocks\.\d+\.0\.weight", name)]
+    prior = PlanePrior(hidden=inside)
     prior.load_state_dict(own)
     smaller = prior.eval().pruned(HIDDEN, examples(data, batches))
     save_weights({**state, **{f"{prefix}{k}": v for k, v in smaller.state_dict().items()}}, out)
