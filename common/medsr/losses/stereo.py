@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError
 from medsr.networks.blocks import without_autocast
-from medsr.networks.segsrnet import StereoPrediction
+from medsr.networks.parallax import StereoPrediction
 
 __all__ = ["StereoLoss"]
 
@@ -45,7 +45,7 @@ class StereoLoss(nn.Module):
         sr_only: leave out all terms but L1; then a result without maps will do.
 
     Shape:
-        - pred: :class:`~medsr.networks.segsrnet.StereoPrediction`, or the pair alone where only L1 is left;
+        - pred: :class:`~medsr.networks.parallax.StereoPrediction`, or the pair alone where only L1 is left;
         - target: ``(B, 2C, scale * H, scale * W)`` in [0, 1], left before right.
 
     Raises:

@@ -14,12 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medsr.errors import SettingError
+from medsr.errors import DataError, SettingError
 from medsr.networks.blocks import without_autocast
 
-__all__ = ["PARALLAX_PATHS", "BiPAM", "ParallaxResult", "parallax_attention"]
+__all__ = [
+    "PARALLAX_PATHS",
+    "BiPAM",
+    "ParallaxResult",
+    "StereoPrediction",
+    "by_view",
+    "checked_pair",
+    "parallax_attention",
+    "side_by_side",
+    "wanted_of",
+]
 
 PARALLAX_PATHS = ("chunked", "fused", "reference")
+
+_PARALLAX = ("none", "disparity", "maps")
 
 _RELAXED = 2
 """Columns on either side of a pixel where a match that comes back still counts as its own."""
@@ -71,6 +83,29 @@ class ParallaxResult(NamedTuple):
     to_left: Tensor | None = None
     to_right: Tensor | None = None
     disparity: Tensor | None = None
+
+
+class StereoPrediction(NamedTuple):
+    """A super-resolved pair with what :class:`~medsr.losses.stereo.StereoLoss` needs besides.
+
+    Args:
+        image: the result.
+        low: the pair that it was made of.
+        parallax: how the views were matched, on the grid of ``low``.
+
+    Shape:
+        - image: ``(B, 2C, scale * H, scale * W)``;
+        - low: ``(B, 2C, H, W)``.
+
+    Example:
+        >>> pair = torch.rand(1, 6, 4, 6)
+        >>> StereoPrediction(pair, pair, ParallaxResult(by_view(pair), torch.ones(2, 1, 4, 6))).low is pair
+        True
+    """
+
+    image: Tensor
+    low: Tensor
+    parallax: ParallaxResult
 
 
 _SOFTER = 0.5
@@ -430,6 +465,71 @@ def _relaxed_products(weights: Tensor, back: Tensor) -> Tensor:
         near = near.tril_(start - low + _RELAXED).triu_(start - low - _RELAXED)
         found.append((products * near).sum(2))
     return torch.cat(found, 1)
+
+
+def by_view(pairs: Tensor) -> Tensor:
+    """Views one after the other, so that one network serves both: ``(B, 2C, ...)`` to ``(2B, C, ...)``, left first.
+
+    Example:
+        >>> by_view(torch.tensor([[1, 2], [3, 4]])).flatten().tolist()
+        [1, 3, 2, 4]
+    """
+    return torch.cat(pairs.chunk(2, 1))
+
+
+def side_by_side(views: Tensor) -> Tensor:
+    """The pairs that :func:`by_view` took apart, ``(2B, C, ...)`` to ``(B, 2C, ...)``.
+
+    Example:
+        >>> side_by_side(by_view(torch.tensor([[1, 2], [3, 4]]))).tolist()
+        [[1, 2], [3, 4]]
+    """
+    return torch.cat(views.chunk(2), 1)
+
+
+def checked_pair(image: Tensor, channels: int) -> Tensor:
+    """Return a pair, or say what a pair is.
+
+    Args:
+        image: what should be a pair.
+        channels: channels of both views together.
+
+    Raises:
+        DataError: for another shape.
+
+    Example:
+        >>> checked_pair(torch.zeros(1, 6, 4, 5), 6).shape
+        torch.Size([1, 6, 4, 5])
+    """
+    if image.ndim != 4 or image.shape[1] != channels:
+        raise DataError(
+            f"a pair is (B, {channels}, H, W), left before right, got {tuple(image.shape)}; "
+            "give one view twice if there is no other"
+        )
+    return image
+
+
+def wanted_of(parallax: str, exchange: BiPAM | None) -> dict[str, bool]:
+    """Arguments of :class:`BiPAM` for what a network shall return of the parallax.
+
+    Args:
+        parallax: ``none``, ``disparity`` or ``maps``.
+        exchange: that of the network.
+
+    Raises:
+        SettingError: for another word, or a network without exchange that shall return some.
+
+    Example:
+        >>> wanted_of("maps", BiPAM(8, 2)), wanted_of("none", None)
+        ({'maps': True}, {})
+    """
+    if parallax not in _PARALLAX:
+        raise SettingError(f"parallax must be one of {', '.join(_PARALLAX)}, got '{parallax}'")
+    if parallax == "none":
+        return {}
+    if exchange is None:
+        raise SettingError("a network with cross_view=False has no parallax to return")
+    return {parallax: True}
 
 
 def _check(path: str, band: tuple[int, int] | None) -> None:

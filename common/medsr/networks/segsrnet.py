@@ -9,20 +9,28 @@ Code: written from the papers. Weights: see the bundle's ``models/README.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medsr.errors import DataError, SettingError
+from medsr.errors import SettingError
 from medsr.networks.blocks import border_sides, channel_means, convolve_exactly
 from medsr.networks.interpolation import BicubicUpsample
-from medsr.networks.parallax import BiPAM, ParallaxResult
+from medsr.networks.parallax import (
+    BiPAM,
+    ParallaxResult,
+    StereoPrediction,
+    by_view,
+    checked_pair,
+    side_by_side,
+    wanted_of,
+)
 from medsr.settings import as_whole, as_whole_list, as_wholes
 
-__all__ = ["SEGSRNet", "StereoPrediction", "ipassr"]
+__all__ = ["SEGSRNet", "ipassr"]
 
 _SLOPE = 0.1
 """Negative slope of all leaky ReLUs."""
@@ -30,33 +38,9 @@ _SLOPE = 0.1
 _LAYERS = 4
 """Convolutions of a dense block before its 1 x 1 fusion."""
 
-_PARALLAX = ("none", "disparity", "maps")
 _SKIPS = ("matlab", "pytorch")
 
 _Means = Callable[[Tensor], Tensor]
-
-
-class StereoPrediction(NamedTuple):
-    """A super-resolved pair with what :class:`~medsr.losses.stereo.StereoLoss` needs besides.
-
-    Args:
-        image: the result.
-        low: the pair that it was made of.
-        parallax: how the views were matched, on the grid of ``low``.
-
-    Shape:
-        - image: ``(B, 2C, scale * H, scale * W)``;
-        - low: ``(B, 2C, H, W)``.
-
-    Example:
-        >>> net = SEGSRNet(2, features=8, growth=4, blocks=2)
-        >>> net(torch.rand(1, 6, 4, 6), parallax="maps").parallax.to_left.shape
-        torch.Size([1, 4, 6, 6])
-    """
-
-    image: Tensor
-    low: Tensor
-    parallax: ParallaxResult
 
 
 class SEGSRNet(nn.Module):
@@ -197,18 +181,15 @@ class SEGSRNet(nn.Module):
             parallax: ``none`` returns the enlarged pair alone; ``disparity`` returns a :class:`StereoPrediction` with
                 masks and disparity; ``maps`` one with masks and attention maps, which training losses need.
         """
-        if parallax not in _PARALLAX:
-            raise SettingError(f"parallax must be one of {', '.join(_PARALLAX)}, got '{parallax}'")
-        if parallax != "none" and self.exchange is None:
-            raise SettingError("a network with cross_view=False has no parallax to return")
+        wanted = wanted_of(parallax, self.exchange)
         if statistics is None:
-            fused, found = self._fused(image, channel_means, parallax=parallax)
+            fused, found = self._fused(image, channel_means, wanted=wanted)
         else:
             given = iter(self._checked(statistics, len(image)))
-            fused, found = self._fused(image, lambda _: _by_view(next(given)), parallax=parallax)
+            fused, found = self._fused(image, lambda _: by_view(next(given)), wanted=wanted)
         # One shuffle by the whole scale, in the order of torch.nn.PixelShuffle.
         fine = F.pixel_shuffle(self.spread(self.reconstruct(fused)[0]), self.scale)
-        result = torch.cat(convolve_exactly(self.out, fine).chunk(2), 1) + self._enlarged(image)
+        result = side_by_side(convolve_exactly(self.out, fine)) + self._enlarged(image)
         return result if found is None else StereoPrediction(result, image, found)
 
     def squeeze(
@@ -235,22 +216,17 @@ class SEGSRNet(nn.Module):
 
         def means(features: Tensor) -> Tensor:
             own = channel_means(features[..., top : height - bottom, left : width - right])
-            found.append(torch.cat(own.chunk(2), 1))
-            return own if given is None else _by_view(next(given))
+            found.append(side_by_side(own))
+            return own if given is None else by_view(next(given))
 
-        self._fused(image, means)
+        self._fused(image, means, wanted={})
         return found
 
     def _fused(
-        self, image: Tensor, means: _Means, *, parallax: str = "none"
+        self, image: Tensor, means: _Means, *, wanted: Mapping[str, bool]
     ) -> tuple[Tensor, ParallaxResult | None]:
         """Features of both views after the exchange, and what the exchange found if it is asked for."""
-        if image.ndim != 4 or image.shape[1] != self.in_channels:
-            raise DataError(
-                f"a pair is (B, {self.in_channels}, H, W), left before right, got {tuple(image.shape)}; "
-                "give one view twice if there is no other"
-            )
-        features = self.head(_by_view(image))
+        features = self.head(by_view(checked_pair(image, self.in_channels)))
         for block in self.attention:
             features = block(features, means)
         features, levels = self.extract(self.context(features))
@@ -258,10 +234,8 @@ class SEGSRNet(nn.Module):
         # A view on its own is what the exchange gives where nothing matches.
         brought = features
         if self.exchange is not None:
-            result = self.exchange(
-                levels, features, maps=parallax == "maps", disparity=parallax == "disparity"
-            )
-            brought, found = result.features, None if parallax == "none" else result
+            result = self.exchange(levels, features, **wanted)
+            brought, found = result.features, result if wanted else None
         # The levels are the largest tensors.
         del levels
         fused = self.mix(torch.cat([features, brought], 1))
@@ -387,8 +361,3 @@ class _ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         seen = [F.leaky_relu(branch(x), _SLOPE, inplace=True) for branch in self.branches]
         return x + self.fuse(torch.cat(seen, 1))
-
-
-def _by_view(pairs: Tensor) -> Tensor:
-    """Channels ``(B, 2C, ...)`` of pairs as a batch ``(2B, C, ...)`` of views, left views first."""
-    return torch.cat(pairs.chunk(2, 1))

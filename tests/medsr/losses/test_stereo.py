@@ -6,8 +6,8 @@ import pytest
 import torch
 from medsr.errors import SettingError
 from medsr.losses.stereo import StereoLoss
-from medsr.networks.parallax import ParallaxResult
-from medsr.networks.segsrnet import SEGSRNet, StereoPrediction
+from medsr.networks.parallax import ParallaxResult, StereoPrediction
+from medsr.networks.segsrnet import SEGSRNet
 from torch import Tensor
 from torch.nn import functional as F
 

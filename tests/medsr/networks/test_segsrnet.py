@@ -9,7 +9,8 @@ from medsr.errors import DataError, SettingError
 from medsr.inferers.tiles import TileInferer
 from medsr.networks.interpolation import BicubicUpsample
 from medsr.networks.layout import channels_last
-from medsr.networks.segsrnet import SEGSRNet, StereoPrediction, ipassr
+from medsr.networks.parallax import StereoPrediction
+from medsr.networks.segsrnet import SEGSRNet, ipassr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
