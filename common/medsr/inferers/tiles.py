@@ -26,13 +26,14 @@ _TRIAL = 64
 
 
 class _Network(Protocol):
-    """What is asked of a network; ``squeeze`` and a gated halo only of those that no finite halo makes exact."""
+    """What is asked of a network: another halo only where no ``exact_halo`` is, ``squeeze`` only of gated ones."""
 
     scale: int
     size_multiple: int | Sequence[int]
     exact_halo: int | None
     half_precision_safe: bool
 
+    row_halo: int
     gated_halo: int
     gated_row_halo: int
 
@@ -83,18 +84,19 @@ class TileInferer(Inferer):
 
     - an image whose result has at most ``max_whole`` pixels runs whole;
     - a network with an ``exact_halo`` runs in tiles that read so many pixels around them;
+    - a network whose pixels see their whole row besides (``row_halo``), as those of stereo pairs do, runs in bands of
+      whole rows;
     - a network with squeeze-and-excitation gates has no exact halo, since its gates see means over the whole image.
       Passes over the tiles find these means: the first with gates that see the tile's own means, each further one
       with the means of the one before, until they stay. A last pass with the means of the whole image writes;
-    - a network whose pixels see their whole row besides (``gated_row_halo``), as those of stereo pairs do, runs in
-      bands of whole rows, with the same passes.
+    - a network with both (``gated_row_halo``) runs in bands of whole rows, with the same passes.
 
     All windows of an image have one size. At the border of the image they are shifted inwards, so that they end
     where the image ends and the network pads there as it does for the whole image.
 
-    ``facts`` holds what the report needs about the last image: ``mode`` (``whole``, ``tiles``, ``gated tiles`` or
-    ``gated bands``), ``tiles``, ``passes`` over them (the one that writes included), ``precision`` and ``warnings``;
-    for gated ones ``statistics_error`` as well, which is compared with ``tolerance``.
+    ``facts`` holds what the report needs about the last image: ``mode`` (``whole``, ``tiles``, ``bands``,
+    ``gated tiles`` or ``gated bands``), ``tiles``, ``passes`` over them (the one that writes included), ``precision``
+    and ``warnings``; for gated ones ``statistics_error`` as well, which is compared with ``tolerance``.
 
     Args:
         tile: side of a tile, or height of a band, without its halo, in pixels of the input, at most; rounded down to
@@ -221,23 +223,23 @@ class TileInferer(Inferer):
         pixels = height * width * network.scale**2
         if pixels <= self.max_whole:
             return "whole", [_Tile(*(_spans(size, size, 0)[0] for size in (height, width)))]
-        mode, halo, affordable = (
-            "tiles",
-            network.exact_halo,
-            isqrt(self.max_whole // self.batch) // network.scale,
-        )
-        if halo is None and hasattr(network, "squeeze"):
-            mode, halo = "gated tiles", getattr(network, "gated_halo", None)
-            if halo is None:
-                mode, halo = "gated bands", getattr(network, "gated_row_halo", None)
-                affordable = self.max_whole // (self.batch * width * network.scale**2)
+        shapes = {"tiles": "exact_halo", "bands": "row_halo"}
+        if hasattr(network, "squeeze"):
+            shapes |= {"gated tiles": "gated_halo", "gated bands": "gated_row_halo"}
+        halos = {mode: getattr(network, name, None) for mode, name in shapes.items()}
+        mode, halo = next(((mode, halo) for mode, halo in halos.items() if halo is not None), ("", None))
         if halo is None:
             raise SettingError(
                 f"{type(network).__name__} cannot run in tiles, and the result of {height} x {width} pixels has "
                 f"{pixels}: use a smaller image, or max_whole={pixels} if there is memory"
             )
+        in_bands = mode.endswith("bands")
+        if in_bands:
+            affordable = self.max_whole // (self.batch * width * network.scale**2)
+        else:
+            affordable = isqrt(self.max_whole // self.batch) // network.scale
         tile = min(self.tile, max(affordable - 2 * halo, _SMALLEST_TILE))
-        sides = (tile, width if mode == "gated bands" else tile)
+        sides = (tile, width if in_bands else tile)
         rows, columns = (
             _spans(size, side, halo, multiple=multiple)
             for size, side, multiple in zip((height, width), sides, _multiples(network), strict=True)
