@@ -304,6 +304,28 @@ def test_a_bad_mask_is_left_out_and_the_others_go_on(pipeline, tmp_path, nifti, 
     assert [path.name for path in (tmp_path / "out" / "images").iterdir()] == ["b.nii.gz"]
 
 
+def test_pseudo_data_of_a_label_that_changed_are_replaced_only_if_asked_for(
+    pipeline, tmp_path, nifti, monai_run
+):
+    study = write_study(tmp_path / "study", nifti)
+    mask, affine = load(study / "labels" / "a.nii.gz")
+    nifti(study / "labels" / "a.nii.gz", mask * (np.arange(48) < 22)[:, None, None], affine)
+    out = shutil.copytree(pipeline.folder / "pseudo", tmp_path / "out")
+    before = {name: (out / "labels" / f"{name}.nii.gz").read_bytes() for name in "ab"}
+    settings = {
+        **{"dataset_dir": study, "output_dir": out, "classes": "{'ball': [3]}"},
+        "weights": pipeline.folder / "labels" / "model.pt",
+    }
+    process = monai_run(CONFIGS / "make_pseudo.json", **settings)
+    assert process.returncode != 0
+    assert "a: " in process.stderr
+    assert "made of another input of this name" in process.stderr
+    assert {name: (out / "labels" / f"{name}.nii.gz").read_bytes() for name in "ab"} == before
+    process = monai_run(CONFIGS / "make_pseudo.json", **settings, overwrite=True)
+    assert process.returncode == 0, process.stderr
+    assert load(out / "labels" / "a.nii.gz")[0].sum() < 0.8 * load(out / "labels" / "b.nii.gz")[0].sum()
+
+
 def test_a_value_of_no_class_is_named(pipeline, tmp_path, nifti, monai_run):
     study = write_study(tmp_path / "study", nifti, "a")
     process = monai_run(
