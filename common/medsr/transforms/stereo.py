@@ -48,6 +48,9 @@ FRAME_LAYOUTS = ("side_by_side", "top_bottom")
 _PATCHES, _LIKE, _ENOUGH = 64, 0.8, 5
 """Patches that are looked for in the other view, correlation from which one counts as found, and how many must be."""
 
+_RELIEF_PX = 64
+"""Distance of the places between which the disparity of a made-up scene changes linearly."""
+
 ROW_RESIDUAL_LIMIT_PX = 1.0
 """Vertical disparity above which a pair counts as not rectified: attention along rows misses its matches."""
 
@@ -251,22 +254,28 @@ class RandSwapFlipd(RandomizableTransform, MapTransform):
 
 
 class RandDisparityd(RandomizableTransform, MapTransform):
-    """Move the right view of a pair of equal views to a random side, as if a flat scene had been seen by two cameras.
+    """Move the right view of a pair of equal views to a random side, as if a scene had been seen by two cameras.
 
     Stereo pairs are scarce. Single images teach a network to enlarge, and so moved to look for its matches as well.
     Pairs of two cameras stay as they are. What leaves the view on one side comes back on the other, so that nothing
     is made up; crops rarely show both. MONAI has no such transform.
 
+    A scene without relief has one disparity, and matching is guessing a number. With relief, disparities change
+    smoothly over the image; they are whole pixels everywhere, so that the moved view is as sharp as the other one.
+
     Args:
         keys: pairs, which all get the same.
-        largest: largest disparity, in pixels of the pair; both signs are drawn.
+        largest: largest disparity that is drawn, in pixels of the pair; both signs are.
+        relief: by how many pixels disparities may differ from the one that was drawn, on either side.
+        exposure: by which share the right view may become brighter or darker, as two cameras differ; values stay in
+            [0, 1].
         allow_missing_keys: skip items that a sample does not have.
 
     Shape:
         ``(2C, H, W)`` to the same.
 
     Raises:
-        SettingError: if ``largest`` is negative.
+        SettingError: if ``largest`` or ``relief`` is negative, or ``exposure`` is not in [0, 1).
 
     Example:
         >>> single = torch.arange(8.0).repeat(2, 1, 1)
@@ -275,22 +284,50 @@ class RandDisparityd(RandomizableTransform, MapTransform):
         (True, False)
     """
 
-    def __init__(self, keys: KeysCollection, largest: int, *, allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        largest: int,
+        *,
+        relief: int = 0,
+        exposure: float = 0.0,
+        allow_missing_keys: bool = False,
+    ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)
-        if largest < 0:
-            raise SettingError(f"largest must be >= 0 pixels, got {largest}")
-        self.largest = int(largest)
+        if min(largest, relief) < 0:
+            raise SettingError(f"largest and relief must be >= 0 pixels, got {largest} and {relief}")
+        if not 0 <= exposure < 1:
+            raise SettingError(f"exposure must be in [0, 1), got {exposure}")
+        self.largest, self.relief, self.exposure = int(largest), int(relief), float(exposure)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Move the right views."""
         result = dict(data)
         disparity = self.R.randint(-self.largest, self.largest + 1)
+        seed = self.R.randint(2**31) if self.relief else 0
+        gain = 1 + self.R.uniform(-self.exposure, self.exposure) if self.exposure else 1.0
         for key in self.key_iterator(result):
             left, right = result[key].chunk(2)
-            if torch.equal(left, right):
-                result[key] = torch.cat([left, right.roll(-disparity, 2)])
+            if not torch.equal(left, right):
+                continue
+            if self.relief:
+                height, width = right.shape[1:]
+                columns = torch.arange(width) + disparity + _relief(self.relief, (height, width), seed)
+                right = right.gather(2, (columns % width).to(right.device).expand_as(right))
+            else:
+                right = right.roll(-disparity, 2)
+            result[key] = torch.cat([left, right if gain == 1 else (gain * right).clamp(0, 1)])
         return result
+
+
+def _relief(largest: int, size: tuple[int, int], seed: int) -> Tensor:
+    """Whole numbers from ``-largest`` to ``largest`` that change smoothly from row to row and column to column."""
+    seeded = torch.Generator().manual_seed(int(seed))
+    knots = [2 + length // _RELIEF_PX for length in size]
+    heights = torch.rand(1, 1, *knots, generator=seeded).mul_(2).sub_(1)
+    field = F.interpolate(heights, size=size, mode="bilinear", align_corners=True)
+    return (largest * field[0, 0]).round().long()
 
 
 class RandChannelOrderd(RandomizableTransform, MapTransform):

@@ -175,8 +175,50 @@ def test_equal_views_get_a_disparity_and_pairs_keep_theirs():
     assert all(torch.equal(one["image"][:3], view) for one in drawn)
     pair = taken(0, 5)
     assert torch.equal(transform({"image": pair, "label": pair})["image"], pair)
-    with pytest.raises(SettingError, match="largest"):
-        RandDisparityd("image", -1)
+
+
+def test_disparities_of_a_made_up_scene_change_smoothly_in_whole_pixels():
+    height, width, relief = 130, 260, 8
+    columns = torch.arange(width).expand(1, height, width).double()
+    pair = torch.cat([columns, columns])
+    transform = RandDisparityd(["image", "label"], 20, relief=relief).set_random_state(0)
+    spread = []
+    for _ in range(6):
+        drawn = transform({"image": pair, "label": pair})
+        assert torch.equal(drawn["image"], drawn["label"])
+        assert torch.equal(drawn["image"][0], columns[0])
+        # What is seen comes back on the other side.
+        disparity = (drawn["image"][1] - columns[0] + width / 2) % width - width / 2
+        assert torch.equal(disparity, disparity.round())
+        assert float(disparity.abs().max()) <= 20 + relief
+        spread.append(float(disparity.max() - disparity.min()))
+        for axis in (0, 1):
+            assert float(disparity.diff(dim=axis).abs().max()) <= 1
+    assert max(spread) <= 2 * relief
+    assert min(spread) > relief / 2
+
+
+def test_cameras_differ_in_exposure():
+    view = taken(0, 0)[:3]
+    transform = RandDisparityd(["image", "label"], 0, exposure=0.2).set_random_state(0)
+    drawn = [transform({"image": view.repeat(2, 1, 1), "label": view.repeat(2, 1, 1)}) for _ in range(40)]
+    assert all(torch.equal(one["image"], one["label"]) for one in drawn)
+    gains = [float((one["image"][3:] / view).median()) for one in drawn]
+    assert 0.8 <= min(gains) < 0.95 < 1.05 < max(gains) <= 1.2
+    assert all(float(one["image"].max()) <= 1 for one in drawn)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"largest": -1}, "largest and relief must be >= 0 pixels, got -1 and 0"),
+        ({"largest": 4, "relief": -2}, "largest and relief must be >= 0 pixels, got 4 and -2"),
+        ({"largest": 4, "exposure": 1.0}, r"exposure must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_scenes_that_cannot_be_made_up_are_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        RandDisparityd("image", **settings)
 
 
 @pytest.mark.parametrize("kind", [RandSwapFlipd, RandChannelOrderd])
