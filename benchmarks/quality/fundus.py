@@ -1,4 +1,4 @@
-"""Fundus super-resolution against interpolation: PSNR and SSIM per camera, and agreement on vessels.
+"""Fundus super-resolution beside interpolation and a network for photographs: PSNR, SSIM, and agreement on vessels.
 
     python -m benchmarks.quality.fundus [OUTPUT] [--scales 4] [--report docs/results-fundus.md] [--data FOLDER]
 
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from medsr.engines.image_comparison import DEGRADATION, image_table
+from medsr.engines.image_comparison import DEGRADATION, ImageComparison, image_table
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding, read_image
+from medsr.io.images import ImageEncoding, find_images, read_image
 from medsr.io.writing import probe_folder, write_json
 from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
 from medsr.transforms.field_of_view import field_of_view
@@ -30,8 +30,11 @@ from skimage.filters import sato
 
 from benchmarks.commands import run_config
 from benchmarks.quality.fundus_folder import write_part
+from benchmarks.quality.sisr import shipped_by
 
 BUNDLE = "retina_segan_superres"
+NATURAL, NATURAL_BUNDLE, NATURAL_SCALE = "FMEN of photographs", "image_fmen_superres", 4
+"""What a network for fundus photographs must beat, and the scale that it has weights for."""
 OVERLAYS: dict[int, list[str]] = {4: [], 8: ["x8.json"], 16: ["x16.json"]}
 ENLARGED = 1024
 VESSEL_WIDTHS = (1.0, 1.5, 2.0, 3.0)
@@ -45,7 +48,8 @@ Written by `python -m benchmarks.quality.fundus`. No image here was seen in trai
 that training did not see either. Photographs with more pixels than optical detail were reduced first
 (`benchmarks/quality/fundus_folder.py`). Degradation: {degradation}.
 `network` is the shipped weights. Settings were chosen on photographs 21 to 24 of DRIVE, which are neither trained on
-nor reported: the camera of DRIVE is new to the weights, not to the choices.
+nor reported: the camera of DRIVE is new to the weights, not to the choices. `{natural}`, at
+x{scale}, is `{bundle}`, which has seen no fundus.
 
 The first pair of columns decides: red, green and blue inside the field of view.
 """
@@ -68,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     images = write_part("test", output, arguments.data)
-    text = [HEAD.format(degradation=DEGRADATION)]
+    text = [HEAD.format(degradation=DEGRADATION, natural=NATURAL, bundle=NATURAL_BUNDLE, scale=NATURAL_SCALE)]
     for enlarge_to in (None, ENLARGED):
         for scale in arguments.scales:
             text += [
@@ -104,7 +108,17 @@ def fidelity(images: Path, output: Path, scale: int, enlarge_to: int | None) -> 
         {"dataset_dir": images, "enlarge_to": enlarge_to},
         output=target,
     )
-    return image_table(json.loads((target / "images.json").read_text())["rows"])
+    rows = json.loads((target / "images.json").read_text(encoding="utf-8"))["rows"]
+    if enlarge_to is None and scale == NATURAL_SCALE:
+        rows += natural(images)
+    return image_table(rows)
+
+
+def natural(images: Path) -> list[dict[str, Any]]:
+    """Rows of the network for photographs, under the protocols of the bundle."""
+    networks = {NATURAL: shipped_by(NATURAL_BUNDLE, [])}
+    rows = ImageComparison(find_images(images), networks, scale=NATURAL_SCALE).run()
+    return [row for row in rows if row["method"] == NATURAL]
 
 
 def vessels(data: Path, output: Path, scale: int) -> list[dict[str, Any]]:

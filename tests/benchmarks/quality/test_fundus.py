@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.quality import fundus
+
+
+def test_the_network_for_photographs_adds_its_own_rows_under_the_protocols_of_the_bundle(
+    tmp_path: Path,
+) -> None:
+    rows, columns = np.mgrid[:64, :80]
+    disc = (rows - 32) ** 2 + (columns - 40) ** 2 < 30**2
+    waves = np.stack([np.sin(rows / 3 + columns / k) for k in (4, 5, 6)], -1)
+    Image.fromarray(np.uint8(disc[..., None] * (120 + 60 * waves))).save(tmp_path / "drive-1.png")
+    found = fundus.natural(tmp_path)
+    assert {(row["case"], row["group"], row["method"]) for row in found} == {
+        ("drive-1", "drive", fundus.NATURAL)
+    }
+    assert {row["protocol"].split(":")[3] for row in found} == {"fov", "full"}
+    assert all(row["psnr_db"] > 10 for row in found)
