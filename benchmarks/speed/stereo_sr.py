@@ -30,6 +30,7 @@ from medsr.inferers.stereo_superres import StereoSuperResInferer
 from medsr.networks.layout import channels_last
 from medsr.networks.parallax import PARALLAX_PATHS, BiPAM, ParallaxResult, parallax_attention
 from medsr.networks.segsrnet import SEGSRNet
+from medsr.networks.stereo_fmen import StereoFMEN
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -38,7 +39,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import interleaved, peak_of, print_ratio
 
 FEATURES, LEVELS = 64, 4
-"""Width of the shipped network and levels of its exchange."""
+"""Width and levels of the exchange in the network as it was published."""
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "StereoFMEN": lambda scale: StereoFMEN(scale, fused=True),
+    "SEGSRNet": SEGSRNet,
+}
+"""The default network of the bundle, and SEGSRNet at the published width, by scale."""
 
 GOAL_MEMORY, GOAL_TIME = 1000.0, 1.5
 """MB that the exchange should take at most, and time of the network over that of its convolutions."""
@@ -78,10 +85,11 @@ def main() -> None:
         exchange_memory(size, reference_rows=rows)
         exchange_times((rows, size[1]), arguments.rounds)
     if "network" in arguments.only:
-        network_memory(size, arguments.scale)
-        torch.manual_seed(0)
-        network = channels_last(SEGSRNet(arguments.scale).eval())
-        network_times(network, torch.rand(1, network.in_channels, *size), arguments.rounds)
+        for name, make in NETWORKS.items():
+            network_memory(name, size, arguments.scale)
+            torch.manual_seed(0)
+            network = channels_last(make(arguments.scale).eval())
+            network_times(network, torch.rand(1, network.in_channels, *size), arguments.rounds)
 
 
 def published_attention(query: Tensor, key: Tensor, features: Tensor) -> ParallaxResult:
@@ -211,24 +219,24 @@ def exchange_times(size: Sequence[int], rounds: int, *, features: int = FEATURES
     return times
 
 
-def network_memory(size: Sequence[int], scale: int) -> float | None:
+def network_memory(name: str, size: Sequence[int], scale: int) -> float | None:
     """Peak memory of the whole network with its inferer over the small pair, in MB; the result is part of it."""
-    peak = peak_of("benchmarks.speed.stereo_sr:whole", *size, scale)
+    peak = peak_of("benchmarks.speed.stereo_sr:whole", name, *size, scale)
     if peak is None:
         return None
     peak *= 2**20 / 1e6
     result = 2 * 3 * 4 * scale**2 * size[0] * size[1] / 1e6
     print(
-        f"SEGSRNet x{scale} to {scale * size[0]} x {scale * size[1]}: {peak:.0f} MB over its input, of which the "
+        f"{name} x{scale} to {scale * size[0]} x {scale * size[1]}: {peak:.0f} MB over its input, of which the "
         f"result is {result:.0f}"
     )
     return peak
 
 
-def whole(rows: int, columns: int, scale: int) -> Callable[[], object]:
-    """The network on a pair, as the bundle runs it in float32, warmed up; what :func:`network_memory` measures."""
+def whole(name: str, rows: int, columns: int, scale: int) -> Callable[[], object]:
+    """A network on a pair, as the bundle runs it in float32, warmed up; what :func:`network_memory` measures."""
     torch.set_num_threads(1)
-    network, infer = channels_last(SEGSRNet(scale).eval()), StereoSuperResInferer(amp="float32")
+    network, infer = channels_last(NETWORKS[name](scale).eval()), StereoSuperResInferer(amp="float32")
     infer(torch.rand(1, network.in_channels, 8, 16), network)
     pair = torch.rand(1, network.in_channels, rows, columns)
     return lambda: infer(pair, network)

@@ -21,6 +21,7 @@ from medsr.networks.se_gan import SEGenerator
 from medsr.networks.segsrnet import SEGSRNet
 from medsr.networks.srcnn import SRCNN
 from medsr.networks.srgan import SRResNet
+from medsr.networks.stereo_fmen import StereoFMEN
 from medsr.networks.vdsr import VDSR
 from torch import Tensor, nn
 
@@ -116,10 +117,17 @@ def test_networks_that_do_not_export_are_refused_and_leave_nothing(kind: type, t
     assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
 
 
-def test_a_network_for_pairs_is_refused_with_the_reason(tmp_path: Path) -> None:
-    network = SEGSRNet(2, features=8, growth=4, blocks=2)
+@pytest.mark.parametrize(
+    "network",
+    [
+        SEGSRNet(2, features=8, growth=4, blocks=2),
+        StereoFMEN(2, features=8, mid_features=6, down_blocks=1, up_blocks=(1, 1)),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_a_network_for_pairs_is_refused_with_the_reason(tmp_path: Path, network: nn.Module) -> None:
     with pytest.raises(
-        SettingError, match=r"^SEGSRNet takes pairs and is not exported: .*; run its bundle instead$"
+        SettingError, match=r"^\w+ takes pairs and is not exported: .*; run its bundle instead$"
     ):
         export_onnx(network, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())

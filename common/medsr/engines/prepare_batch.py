@@ -29,8 +29,8 @@ class PreparePair(PrepareBatch):
     ``monai.engines.PrepareBatchExtraInput`` was considered; it takes the arguments of the network from the batch.
 
     Args:
-        parallax: argument of :class:`~medsr.networks.segsrnet.SEGSRNet`: ``maps`` for all terms of
-            :class:`~medsr.losses.stereo.StereoLoss`, ``none`` where only L1 is left.
+        parallax: argument of networks for pairs (:class:`~medsr.networks.stereo_fmen.StereoFMEN`): ``maps`` for all
+            terms of :class:`~medsr.losses.stereo.StereoLoss`, ``none`` where only L1 is left.
 
     Shape:
         ``batch["image"]`` of ``(B, 2C, H, W)`` and ``batch["label"]`` of ``(B, 2C, scale * H, scale * W)``.

@@ -320,7 +320,7 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
         or not all(map(torch.is_tensor, state.values()))
     ):
         raise WeightsError(
-            f"{file.name}: made for another network; give the settings of its training, such as width"
+            f"{file.name}: made for another network; give the settings of its training, such as width, or its overlay"
         )
     wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
     if wrong:

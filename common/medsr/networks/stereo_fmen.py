@@ -81,7 +81,7 @@ class StereoFMEN(FMEN):
     """Their shape depends on the scale."""
 
     grey_from_colour = False
-    """Of an FMEN for colour this would be a start, but not of what was learnt about pairs."""
+    """Not offered for pairs."""
 
     def __init__(
         self,
@@ -103,9 +103,10 @@ class StereoFMEN(FMEN):
         self.levels = as_whole("levels", levels, 1)
         # Behind the first convolution, attention blocks take turns with residual blocks.
         self._compared = range(1, 2 * self.levels, 2)
-        if self._compared[-1] > len(self.body) - 2 or features % self.levels:
+        blocks = len(self.body) // 2
+        if self.levels > blocks or features % self.levels:
             raise SettingError(
-                f"levels must divide features ({features}), and there are {len(self.body) // 2} attention blocks; "
+                f"levels must divide features ({features}) and be at most the number of attention blocks ({blocks}), "
                 f"got {self.levels}"
             )
         self.row_halo, self.exact_halo = self.exact_halo + 2 * _REACH, None

@@ -49,7 +49,7 @@ class SuperResSegmentation(nn.Module):
     pixels outside would get no gradient. ``torch.nn.Sequential`` was considered: it knows neither views nor padding.
 
     Args:
-        superres: network for pairs, such as :class:`~medsr.networks.segsrnet.SEGSRNet`.
+        superres: network for pairs, such as :class:`~medsr.networks.stereo_fmen.StereoFMEN`.
         segmenter: network for single frames, such as :class:`~medsr.networks.spp_linknet.SPPLinkNet`.
         views: ``both`` segments both views, ``left`` the left one, where masks of the right one are missing.
 

@@ -134,6 +134,11 @@ def test_the_memory_of_the_reference_is_scaled_to_all_rows(
     assert "scaled from 16 rows" in shown
 
 
+@pytest.mark.parametrize("name", stereo_sr.NETWORKS)
+def test_a_whole_network_is_measured_as_the_bundle_runs_it(name: str) -> None:
+    assert stereo_sr.whole(name, 8, 12, 2)().shape == (1, 6, 16, 24)
+
+
 @pytest.mark.parametrize("path", ["reference", "chunked", "published"])
 def test_what_is_measured_elsewhere_runs(path: str) -> None:
     for run in (stereo_sr.exchange, stereo_sr.attention):
@@ -146,5 +151,5 @@ def test_where_the_system_does_not_tell_there_is_no_figure(
     monkeypatch.setattr(stereo_sr, "peak_of", lambda *call: None)
     assert stereo_sr.exchange_memory((8, 8), reference_rows=4) == {}
     assert stereo_sr.attention_memory((8, 8)) == {}
-    assert stereo_sr.network_memory((8, 8), 2) is None
+    assert stereo_sr.network_memory("SEGSRNet", (8, 8), 2) is None
     assert not capsys.readouterr().out
