@@ -57,8 +57,8 @@ Protocol: {protocol}. IoU and Dice are means and standard deviations over the fr
 
 STUDY = """Each frame was made small ({degradation}), restored, and segmented; `sharp` is the frame itself. `closed`
 is the share of the loss in Dice from sharp to bicubic that super-resolution brings back; it says nothing where bicubic
-loses less than the scatter of the frames. The shipped SEGSRNet learnt from the frames of {learnt_from}, among many
-others: its rows there are too good, and `closed` is left out.
+loses less than the scatter of the frames. `StereoFMEN` is the default network of `{superres}`; it
+learnt from the frames of {learnt_from}, among many others: its rows there are too good, and `closed` is left out.
 """
 
 OWN = """## On the frames of the training
@@ -130,7 +130,7 @@ def segmented(output: Path, group: str, network: str, scales: Sequence[int]) -> 
             study["study_scale"] = scale
             weights = catalog.bundle_root(SUPERRES) / SHIPPED[scale]
             if weights.exists():
-                study["superres_weights"] = {"SEGSRNet": str(weights)}
+                study["superres_weights"] = {"StereoFMEN": str(weights)}
         rows += _scored(output, group, network, step=f"x{scale}", settings={"groups": [group], **study})
     return rows
 
@@ -170,7 +170,7 @@ def page(
     parts = [head, frame_table(at_scale(rows, 1)), ""]
     for scale in sorted({row["scale"] for row in rows} - {1}):
         found = at_scale(rows, scale)
-        study = STUDY.format(degradation=DEGRADATION, learnt_from=", ".join(LEARNT_FROM))
+        study = STUDY.format(degradation=DEGRADATION, learnt_from=", ".join(LEARNT_FROM), superres=SUPERRES)
         parts += [f"## x{scale}\n", study, frame_table(found), "", *closed(found)]
     parts += [OWN, frame_table(own), ""]
     titles = list(runs[0])

@@ -14,8 +14,8 @@ import torch
 from medsr import catalog
 from medsr.inferers.frame_segmentation import FrameSegmentationInferer
 from medsr.io.images import read_image
-from medsr.networks.segsrnet import SEGSRNet
 from medsr.networks.spp_linknet import SPPLinkNet
+from medsr.networks.stereo_fmen import StereoFMEN
 from PIL import Image
 
 NAME = "endoscopy_segsrnet_segmentation"
@@ -25,19 +25,12 @@ pytestmark = [
 ]
 
 TINY = {"encoder": "resnet18", "width": 8}
-SUPERRES = {
-    "features": 8,
-    "growth": 4,
-    "fusion_growth": 4,
-    "blocks": 1,
-    "attention_blocks": 1,
-    "reduction": 4,
-}
+SUPERRES = {"features": 8, "mid_features": 6, "down_blocks": 1, "up_blocks": [1, 1]}
 NETWORK = (*(f"{key}={value}" for key, value in TINY.items()), "longest=64", "amp=float32")
 PAIRS = (
     *NETWORK,
     *(f"{key}={value}" for key, value in SUPERRES.items()),
-    *("rates=[1]", "inferer::superres::progress=false"),
+    "inferer::superres::progress=false",
 )
 TASKS = {"binary": 2, "parts": 4, "type": 8}
 SIZE = (45, 70)
@@ -169,7 +162,7 @@ def test_pairs_are_enlarged_and_segmented_in_one_call(medsr, tmp_path, weights):
         Image.fromarray(picture(seed, size)).save(data / f"pig-1_{side}.png")
     Image.fromarray(np.uint16(picture(2, size)[..., 0]) * 257).save(data / "single.png")
     torch.manual_seed(0)
-    first = weights(SEGSRNet(2, **SUPERRES, rates=[1]))
+    first = weights(StereoFMEN(2, **SUPERRES, fused=True, interpolation_start=True))
     second = weights(segmenter(4))
     settings = (*PAIRS, f"superres_weights={first}", f"weights={second}", "scale=2")
     config = ("superres_inference.json", "parts.json")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from medsr import catalog
 from medsr.engines.frame_comparison import with_facts
-from medsr.networks.segsrnet import SEGSRNet
 from medsr.networks.spp_linknet import SPPLinkNet
+from medsr.networks.stereo_fmen import StereoFMEN
 from monai.networks.nets import FlexibleUNet
 from PIL import Image
 
@@ -26,15 +26,8 @@ pytestmark = [
 
 NETWORK = ("encoder=resnet18", "width=8", "longest=96")
 TRAINING = (*NETWORK, "crop_size=[32, 64]", "batch_size=2", "iterations=3")
-SUPERRES = {
-    "features": 8,
-    "growth": 4,
-    "fusion_growth": 4,
-    "blocks": 1,
-    "attention_blocks": 1,
-    "reduction": 4,
-}
-SUPERRES_SETTINGS = tuple(f"superres_def::{key}={value}" for key, value in {**SUPERRES, "rates": [1]}.items())
+SUPERRES = {"features": 8, "mid_features": 6, "down_blocks": 1, "up_blocks": [1, 1]}
+SUPERRES_SETTINGS = tuple(f"superres_def::{key}={value}" for key, value in SUPERRES.items())
 SCALE = 2
 
 
@@ -129,7 +122,7 @@ def test_overlays_of_a_task_and_of_the_baseline_fit_training_and_evaluation(meds
 @pytest.mark.slow
 def test_the_study_segments_sharp_bicubic_and_super_resolved_frames(medsr, frames, tmp_path, weights):
     ours = weights(SPPLinkNet(encoder="resnet18", width=8))
-    superres = weights(SEGSRNet(SCALE, **SUPERRES, rates=[1]))
+    superres = weights(StereoFMEN(SCALE, **SUPERRES, fused=True))
     settings = (
         *NETWORK,
         *SUPERRES_SETTINGS,
@@ -149,7 +142,7 @@ def test_the_study_segments_sharp_bicubic_and_super_resolved_frames(medsr, frame
 @pytest.mark.parametrize("freeze", [False, True])
 def test_both_networks_learn_end_to_end_or_super_resolution_alone(medsr, frames, tmp_path, weights, freeze):
     ours = weights(SPPLinkNet(encoder="resnet18", width=8))
-    superres = weights(SEGSRNet(SCALE, **SUPERRES, rates=[1]))
+    superres = weights(StereoFMEN(SCALE, **SUPERRES, fused=True))
     settings = (
         *TRAINING,
         *SUPERRES_SETTINGS,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from medsr.handlers.training import save_weights
-from medsr.networks.segsrnet import SEGSRNet, ipassr
+from medsr.networks.segsrnet import ipassr
+from medsr.networks.stereo_fmen import StereoFMEN
 from PIL import Image
 
 NAME = "endoscopy_segsrnet_superres"
@@ -21,8 +22,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*NvImgCodec"),
 ]
 
-TINY = {"features": 8, "growth": 4, "fusion_growth": 4, "blocks": 1, "attention_blocks": 1, "reduction": 4}
-NETWORK = (*(f"{key}={value}" for key, value in TINY.items()), "rates=[1]")
+TINY = {"features": 8, "mid_features": 6, "down_blocks": 1, "up_blocks": [1, 1]}
+DENSE = {"features": 8, "growth": 4, "fusion_growth": 4, "blocks": 1, "attention_blocks": 1, "reduction": 4}
+DENSE |= {"rates": [1]}
+NETWORK, DENSE_NETWORK = (tuple(f"{key}={value}" for key, value in one.items()) for one in (TINY, DENSE))
 QUIET = ("inferer::progress=false",)
 TRAINING = (*NETWORK, "crop_size=[8, 16]", "batch_size=2", "iterations=3")
 
@@ -63,11 +66,12 @@ def sharp(tmp_path: Path) -> Path:
 def weights(tmp_path: Path) -> Callable[..., Path]:
     """Write weights of a tiny network that was not trained."""
 
-    def write(make: Callable[..., torch.nn.Module] = SEGSRNet, scale: int = 4, **changes: Any) -> Path:
+    def write(make: Callable[..., torch.nn.Module] = StereoFMEN, scale: int = 4, **changes: Any) -> Path:
         torch.manual_seed(0)
         path = tmp_path / "random" / f"{make.__name__}_x{scale}.pt"
         path.parent.mkdir(exist_ok=True)
-        save_weights(make(scale, **{**TINY, "rates": [1], **changes}).state_dict(), path)
+        size = {**TINY, "fused": True} if make is StereoFMEN else DENSE
+        save_weights(make(scale, **{**size, **changes}).state_dict(), path)
         return path
 
     return write
@@ -109,6 +113,25 @@ def test_from_sharp_pairs_to_enlarged_ones(medsr, sharp, tmp_path, scale):
         assert cases[name]["row_residual_px"] < 1
     assert cases["single"]["warnings"] == ["there is no second view: the image was taken for both"]
     assert not cases["pig-1"]["warnings"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [4, 2])
+def test_the_network_as_segsrnet_describes_it_runs_by_overlay(medsr, sharp, tmp_path, scale):
+    overlays = [*([] if scale == 4 else ["x2.json"]), "segsrnet.json"]
+    settings = (*DENSE_NETWORK, "crop_size=[8, 16]", "iterations=2", f"scale={scale}")
+    trained, out = tmp_path / "trained", tmp_path / "out"
+    assert medsr(sharp, out=trained, config=("train.json", "segsrnet.json"), settings=settings) == (0, [])
+    settings = (*DENSE_NETWORK, *QUIET, f"weights={trained / 'model.pt'}")
+    assert medsr(sharp, out=out, config=("inference.json", *overlays), settings=settings) == (0, [])
+    with Image.open(out / "pig-1_right_superres.png") as image:
+        assert image.size == (88 * scale, 48 * scale)
+    shipped = medsr(sharp, out=tmp_path / "shipped", config=("inference.json", *overlays), settings=QUIET)
+    assert shipped == (0, [])
+    low, high = (
+        report_of(one)["cases"]["pig-1"]["data_consistency_left_db"] for one in (out, tmp_path / "shipped")
+    )
+    assert high > low
 
 
 @pytest.mark.slow
@@ -197,7 +220,7 @@ def test_large_pairs_run_in_bands(medsr, tmp_path, weights):
         assert medsr(data, out=tmp_path / name, settings=(*common, f"max_whole={limit}")) == (0, [])
         with Image.open(tmp_path / name / "tall_left_superres.png") as image:
             images[name] = np.asarray(image).astype(int)
-    assert report_of(tmp_path / "bands")["cases"]["tall"]["mode"] == "gated bands"
+    assert report_of(tmp_path / "bands")["cases"]["tall"]["mode"] == "bands"
     assert abs(images["whole"] - images["bands"]).max() <= 1
 
 

@@ -15,13 +15,10 @@ import torch
 from medsr.errors import DataError, WeightsError
 from medsr.handlers.training import save_weights
 from medsr.io.video import read_video_header, write_video
-from medsr.networks.segsrnet import SEGSRNet
+from medsr.networks.stereo_fmen import StereoFMEN
 from PIL import Image
 
-TINY = {
-    **{"features": 8, "growth": 4, "fusion_growth": 4, "blocks": 1, "attention_blocks": 1, "reduction": 4},
-    "rates": [1],
-}
+TINY = {"features": 8, "mid_features": 6, "down_blocks": 1, "up_blocks": [1, 1]}
 VIDEO = ("inference.json", "video.json")
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +36,7 @@ def medsr(medsr_here: Callable[..., Any], tmp_path: Path) -> Callable[..., tuple
     ) -> tuple[int, list[str]]:
         torch.manual_seed(0)
         weights = tmp_path / f"x{scale}.pt"
-        save_weights(SEGSRNet(scale, **TINY).state_dict(), weights)
+        save_weights(StereoFMEN(scale, **TINY, fused=True).state_dict(), weights)
         network = [f"{key}={value}" for key, value in TINY.items()]
         settings = (*network, f"weights={weights}", "video::progress=false", *settings)
         return partial(medsr_here, "endoscopy_segsrnet_superres")(

@@ -269,13 +269,15 @@ class RandDisparityd(RandomizableTransform, MapTransform):
         relief: by how many pixels disparities may differ from the one that was drawn, on either side.
         exposure: by which share the right view may become brighter or darker, as two cameras differ; values stay in
             [0, 1].
+        noise: largest standard deviation of the noise that only the right view has. Two cameras have noise of their
+            own: without it, the other view seems to know every pixel, and is trusted too much.
         allow_missing_keys: skip items that a sample does not have.
 
     Shape:
         ``(2C, H, W)`` to the same.
 
     Raises:
-        SettingError: if ``largest`` or ``relief`` is negative, or ``exposure`` is not in [0, 1).
+        SettingError: if ``largest``, ``relief`` or ``noise`` is negative, or ``exposure`` is not in [0, 1).
 
     Example:
         >>> single = torch.arange(8.0).repeat(2, 1, 1)
@@ -291,6 +293,7 @@ class RandDisparityd(RandomizableTransform, MapTransform):
         *,
         relief: int = 0,
         exposure: float = 0.0,
+        noise: float = 0.0,
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
@@ -299,14 +302,18 @@ class RandDisparityd(RandomizableTransform, MapTransform):
             raise SettingError(f"largest and relief must be >= 0 pixels, got {largest} and {relief}")
         if not 0 <= exposure < 1:
             raise SettingError(f"exposure must be in [0, 1), got {exposure}")
-        self.largest, self.relief, self.exposure = int(largest), int(relief), float(exposure)
+        if noise < 0:
+            raise SettingError(f"noise must be >= 0, got {noise}")
+        self.largest, self.relief = int(largest), int(relief)
+        self.exposure, self.noise = float(exposure), float(noise)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Move the right views."""
         result = dict(data)
         disparity = self.R.randint(-self.largest, self.largest + 1)
-        seed = self.R.randint(2**31) if self.relief else 0
+        seed = self.R.randint(2**31) if self.relief or self.noise else 0
         gain = 1 + self.R.uniform(-self.exposure, self.exposure) if self.exposure else 1.0
+        sigma = self.R.uniform(0, self.noise) if self.noise else 0.0
         for key in self.key_iterator(result):
             left, right = result[key].chunk(2)
             if not torch.equal(left, right):
@@ -317,7 +324,11 @@ class RandDisparityd(RandomizableTransform, MapTransform):
                 right = right.gather(2, (columns % width).to(right.device).expand_as(right))
             else:
                 right = right.roll(-disparity, 2)
-            result[key] = torch.cat([left, right if gain == 1 else (gain * right).clamp(0, 1)])
+            if gain != 1 or sigma:
+                seeded = torch.Generator().manual_seed(int(seed))
+                own = sigma * torch.randn(right.shape, generator=seeded).to(right) if sigma else 0
+                right = (gain * right + own).clamp(0, 1)
+            result[key] = torch.cat([left, right])
         return result
 
 

@@ -32,7 +32,7 @@ class Commands:
             return
         (group,), scale = settings["groups"], settings.get("study_scale")
         inputs = ["sharp", *(["bicubic"] if scale else []), *settings.get("superres_weights", {})]
-        found = {"sharp": [0, 1, 1, 1], "bicubic": [0, 0, 0, 1], "SEGSRNet": [0, 0, 1, 1]}
+        found = {"sharp": [0, 1, 1, 1], "bicubic": [0, 0, 0, 1], "StereoFMEN": [0, 0, 1, 1]}
         rows = [
             {
                 "case": f"{group}-1",
@@ -87,7 +87,7 @@ def test_every_source_is_left_out_once_at_equal_minutes(commands, tmp_path, monk
     text = report.read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert text.count("## x4") == 1
-    assert "SPP-LinkNet, SEGSRNet: Dice +0.300 against bicubic, closed: 60%" in text
+    assert "SPP-LinkNet, StereoFMEN: Dice +0.300 against bicubic, closed: 60%" in text
     assert "| cholec | SPP-LinkNet | 7 | 0.5 |" in text
     command = (
         "`python -m benchmarks.quality.instruments OUTPUT --groups cholec endovis17 --minutes 2 --scales 4`"
@@ -112,7 +112,7 @@ def test_what_the_super_resolution_learnt_from_is_no_gap_that_it_closed(
     text = capsys.readouterr().out
     assert "OUTPUT --groups endovis17 --minutes 1.5 --scales 4`" in text
     # Its rows are there, with a warning; the share is not.
-    assert "| endovis17 | 1 | SEGSRNet | SPP-LinkNet |" in text
+    assert "| endovis17 | 1 | StereoFMEN | SPP-LinkNet |" in text
     assert "learnt from the frames of endovis17" in text
     assert "against bicubic" not in text
 

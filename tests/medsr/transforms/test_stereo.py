@@ -208,9 +208,23 @@ def test_cameras_differ_in_exposure():
     assert all(float(one["image"].max()) <= 1 for one in drawn)
 
 
+def test_cameras_have_noise_of_their_own():
+    view = taken(0, 0)[:3]
+    transform = RandDisparityd(["image", "label"], 0, noise=0.05).set_random_state(0)
+    drawn = [transform({"image": view.repeat(2, 1, 1), "label": view.repeat(2, 1, 1)}) for _ in range(40)]
+    assert all(torch.equal(one["image"], one["label"]) for one in drawn)
+    assert all(torch.equal(one["image"][:3], view) for one in drawn)
+    added = [one["image"][3:] - view for one in drawn]
+    sizes = [float(one.std()) for one in added]
+    assert 0 < min(sizes) < 0.01 < 0.04 < max(sizes) < 0.055
+    assert max(abs(float(one.mean())) for one in added) < 0.002
+    assert not torch.equal(added[0] / sizes[0], added[1] / sizes[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"largest": 4, "noise": -0.1}, "noise must be >= 0, got -0.1"),
         ({"largest": -1}, "largest and relief must be >= 0 pixels, got -1 and 0"),
         ({"largest": 4, "relief": -2}, "largest and relief must be >= 0 pixels, got 4 and -2"),
         ({"largest": 4, "exposure": 1.0}, r"exposure must be in \[0, 1\), got 1.0"),
