@@ -269,8 +269,8 @@ class RandDisparityd(RandomizableTransform, MapTransform):
         relief: by how many pixels disparities may differ from the one that was drawn, on either side.
         exposure: by which share the right view may become brighter or darker, as two cameras differ; values stay in
             [0, 1].
-        noise: largest standard deviation of the noise that only the right view has. Two cameras have noise of their
-            own: without it, the other view seems to know every pixel, and is trusted too much.
+        noise: largest standard deviation of the noise that only the right view has: two cameras have noise of their
+            own, and a moved copy has that of the other.
         allow_missing_keys: skip items that a sample does not have.
 
     Shape:
