@@ -1,4 +1,4 @@
-"""What is asked of every network for single images, alike."""
+"""What is asked of networks for images, alike."""
 
 from __future__ import annotations
 
