@@ -45,8 +45,8 @@ _BLOCK = 32
 _FUSED_BLOCK = 64
 """Left columns whose scores the fused path holds at a time."""
 
-_STRIP, _REACH = 64, 2
-"""Rows that inference projects at a time, and rows that a projection sees on either side."""
+_STRIP = 64
+"""Rows that inference projects at a time."""
 
 _EXCLUDED = -1e30
 """Score of a pair outside the disparity band: its weight is 0, and finite where the whole row is outside."""
@@ -150,6 +150,9 @@ class BiPAM(nn.Module):
         arXiv 2011.03802
     """
 
+    row_reach = 2
+    """Rows on either side of a pixel that what is compared depends on."""
+
     def __init__(
         self,
         channels: int = 64,
@@ -192,8 +195,8 @@ class BiPAM(nn.Module):
         parts = []
         for start in range(0, height, strip):
             rows = slice(start, min(start + strip, height))
-            low = max(0, start - _REACH)
-            compared = self.project(levels[:, :, low : rows.stop + _REACH])
+            low = max(0, start - self.row_reach)
+            compared = self.project(levels[:, :, low : rows.stop + self.row_reach])
             query, key = (one[:, :, start - low :][:, :, : rows.stop - start] for one in compared)
             parts.append(
                 parallax_attention(

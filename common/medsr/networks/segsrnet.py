@@ -149,7 +149,11 @@ class SEGSRNet(nn.Module):
         # Head; two convolutions and the 7 x 7 gate of each CCSB; ASPP; dense blocks; what is compared; dense blocks
         # of fusion and reconstruction; and the last convolution, whose fine pixel lies within one coarse one.
         self.gated_row_halo = (
-            1 + 5 * attention_blocks + max(rates, default=0) + _LAYERS * blocks + 2 * bool(cross_view)
+            1
+            + 5 * attention_blocks
+            + max(rates, default=0)
+            + _LAYERS * blocks
+            + BiPAM.row_reach * bool(cross_view)
         ) + (_LAYERS + _LAYERS * blocks + 1)
         self.head = nn.Conv2d(channels, features, 3, padding=1)
         self.attention = nn.ModuleList(_CCSB(features, reduction) for _ in range(attention_blocks))

@@ -24,9 +24,6 @@ from medsr.settings import as_whole
 
 __all__ = ["StereoFMEN"]
 
-_REACH = 2
-"""Rows on either side that the exchange compares, and that the merge of what it brought reads."""
-
 
 class StereoFMEN(FMEN):
     """Enlarges both views of a rectified stereo pair, each by an FMEN and what the other view shows.
@@ -109,7 +106,8 @@ class StereoFMEN(FMEN):
                 f"levels must divide features ({features}) and be at most the number of attention blocks ({blocks}), "
                 f"got {self.levels}"
             )
-        self.row_halo, self.exact_halo = self.exact_halo + 2 * _REACH, None
+        # The merge has two convolutions.
+        self.row_halo, self.exact_halo = self.exact_halo + BiPAM.row_reach + 2, None
         self.exchange = BiPAM(features, self.levels, path=path, tied=tied, band=band)
         self.merge = nn.Sequential(
             nn.Conv2d(2 * features, features, 3, padding=1),
