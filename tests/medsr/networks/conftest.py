@@ -14,6 +14,30 @@ Golden = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture
+def trained() -> Callable[..., Any]:
+    """Give every parameter a say, as after some training."""
+
+    def give(network: nn.Module, std: float = 0.15) -> nn.Module:
+        torch.manual_seed(3)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=std)
+        return network
+
+    return give
+
+
+@pytest.fixture
+def pair() -> Callable[..., Tensor]:
+    """Make the two views that networks for stereo pairs take."""
+
+    def make(height: int = 8, width: int = 12, *, batch: int = 1, channels: int = 3) -> Tensor:
+        made = torch.Generator().manual_seed(2)
+        return torch.rand(batch, 2 * channels, height, width, generator=made)
+
+    return make
+
+
+@pytest.fixture
 def same_as_released(golden: Golden) -> Callable[..., None]:
     """Compare names and shapes of weights, and statistics of a result, with those of the last release."""
 

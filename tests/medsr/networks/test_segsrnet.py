@@ -9,28 +9,16 @@ from medsr.errors import SettingError
 from medsr.inferers.tiles import TileInferer
 from medsr.networks.interpolation import BicubicUpsample
 from medsr.networks.segsrnet import SEGSRNet, ipassr
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 TINY = {"features": 8, "growth": 4, "fusion_growth": 4, "blocks": 2, "reduction": 4}
+PAIR = torch.zeros(1, 6, 8, 12)
 
 
 def tiny(scale: int = 2, **settings: Any) -> SEGSRNet:
     torch.manual_seed(0)
     return SEGSRNet(scale, **{**TINY, **settings}).eval()
-
-
-def trained(network: SEGSRNet, std: float = 0.15) -> SEGSRNet:
-    """As after some training: every parameter has a say."""
-    torch.manual_seed(3)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=std)
-    return network
-
-
-def pair(height: int = 8, width: int = 12, *, batch: int = 1) -> Tensor:
-    made = torch.Generator().manual_seed(2)
-    return torch.rand(batch, 6, height, width, generator=made)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +40,7 @@ def test_the_size_is_that_of_the_specification(make, settings, expected):
 
 
 @torch.inference_mode()
-def test_training_starts_from_the_bicubic_image():
+def test_training_starts_from_the_bicubic_image(pair):
     image = pair()
     assert torch.equal(tiny(4)(image), BicubicUpsample(4)(image))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -83,7 +71,7 @@ def test_the_halo_is_that_of_the_specification(make, halo):
 
 @pytest.mark.parametrize("settings", [{}, {"attention_blocks": 0, "rates": ()}, {"cross_view": False}])
 @torch.inference_mode()
-def test_a_band_of_rows_with_statistics_and_halo_is_exact(settings):
+def test_a_band_of_rows_with_statistics_and_halo_is_exact(settings, trained, pair):
     network, image = trained(tiny(**settings)).double(), pair(95, 9).double()
     statistics, whole = network.squeeze(image), network(image)
     expected = whole[:, :, 2 * 44 : 2 * 50]
@@ -98,7 +86,7 @@ def test_a_band_of_rows_with_statistics_and_halo_is_exact(settings):
 
 
 @torch.inference_mode()
-def test_the_means_of_bands_add_up_to_those_of_the_pair():
+def test_the_means_of_bands_add_up_to_those_of_the_pair(trained, pair):
     network, image = trained(tiny()).double(), pair(90, 5, batch=2).double()
     statistics = network.squeeze(image)
     assert [tuple(one.shape) for one in statistics] == [(2, 16), (2, 32)]
@@ -110,7 +98,7 @@ def test_the_means_of_bands_add_up_to_those_of_the_pair():
 
 
 @torch.inference_mode()
-def test_the_tile_inferer_runs_pairs_whole_and_refuses_to_cut_them():
+def test_the_tile_inferer_runs_pairs_whole_and_refuses_to_cut_them(trained, pair):
     network, image = trained(tiny()), pair()
     torch.testing.assert_close(TileInferer(amp="float32")(image, network), network(image))
     in_bands = TileInferer(amp="float32", max_whole=1)
@@ -119,7 +107,7 @@ def test_the_tile_inferer_runs_pairs_whole_and_refuses_to_cut_them():
 
 
 @torch.inference_mode()
-def test_bfloat16_changes_the_image_little():
+def test_bfloat16_changes_the_image_little(trained, pair):
     network, image = trained(tiny()), pair()
     exact = network(image)
     residual = exact - BicubicUpsample(2)(image)
@@ -146,12 +134,12 @@ def test_bfloat16_changes_the_image_little():
         (lambda: tiny(rates=["a"]), r"rates must be a list .*, got \['a'\]"),
         (lambda: tiny(reduction=0), "reduction must be a whole number >= 1, got 0"),
         (lambda: tiny(features=8, blocks=3), "features must be a multiple of blocks, got 8 and 3"),
-        (lambda: tiny().squeeze(pair(), border=4), "that leave pixels of 8 x 12, got 4"),
+        (lambda: tiny().squeeze(PAIR, border=4), "that leave pixels of 8 x 12, got 4"),
         (
-            lambda: tiny()(pair(), [torch.zeros(1, 16)]),
+            lambda: tiny()(PAIR, [torch.zeros(1, 16)]),
             r"statistics must be \(1 or 1, n\) for n in \[16, 32\]",
         ),
-        (lambda: tiny()(pair(), [torch.zeros(2, 16), torch.zeros(2, 32)]), "statistics must be"),
+        (lambda: tiny()(PAIR, [torch.zeros(2, 16), torch.zeros(2, 32)]), "statistics must be"),
     ],
 )
 def test_settings_that_make_no_sense_are_explained(call, message):
@@ -160,7 +148,7 @@ def test_settings_that_make_no_sense_are_explained(call, message):
 
 
 @torch.inference_mode()
-def test_weights_and_results_are_those_of_the_last_release(golden):
+def test_weights_and_results_are_those_of_the_last_release(golden, trained, pair):
     statistics: dict[str, Any] = {}
     for name, network in (("segsrnet", tiny(4)), ("ipassr", ipassr(4, **TINY).eval())):
         tensors = "\n".join(f"{key} {tuple(value.shape)}" for key, value in network.state_dict().items())

@@ -10,7 +10,6 @@ from medsr.handlers.training import save_weights
 from medsr.inferers.tiles import TileInferer
 from medsr.networks.fmen import FMEN
 from medsr.networks.stereo_fmen import StereoFMEN
-from torch import Tensor, nn
 
 TINY = {"features": 8, "mid_features": 6, "down_blocks": 2, "up_blocks": (1, 1, 1), "fused": True}
 
@@ -20,21 +19,8 @@ def tiny(scale: int = 2, **settings: Any) -> StereoFMEN:
     return StereoFMEN(scale, **{**TINY, **settings}).eval()
 
 
-def trained(network: nn.Module, std: float = 0.15) -> Any:
-    """As after some training: every parameter has a say."""
-    torch.manual_seed(3)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=std)
-    return network
-
-
-def pair(height: int = 8, width: int = 12, *, batch: int = 1) -> Tensor:
-    made = torch.Generator().manual_seed(2)
-    return torch.rand(batch, 6, height, width, generator=made)
-
-
 @torch.inference_mode()
-def test_weights_for_single_images_are_a_start_that_enlarges_each_view_as_before(tmp_path):
+def test_weights_for_single_images_are_a_start_that_enlarges_each_view_as_before(tmp_path, trained, pair):
     single, image = trained(FMEN(4, **TINY)).eval(), pair(batch=2)
     save_weights(single.state_dict(), tmp_path / "single.pt")
     network = start_from(tmp_path / "single.pt", tiny(4))
@@ -47,7 +33,7 @@ def test_weights_for_single_images_are_a_start_that_enlarges_each_view_as_before
 
 
 @torch.inference_mode()
-def test_the_merged_form_is_the_same_network():
+def test_the_merged_form_is_the_same_network(trained, pair):
     training_form = tiny(2, fused=False, expand=2)
     trained(training_form.merge)
     image = pair()
@@ -62,7 +48,7 @@ def test_the_merged_form_is_the_same_network():
 
 @pytest.mark.parametrize("levels", [1, 2])
 @torch.inference_mode()
-def test_a_band_of_rows_with_its_halo_is_exact(levels):
+def test_a_band_of_rows_with_its_halo_is_exact(levels, trained, pair):
     network, image = trained(tiny(levels=levels), 0.2).double(), pair(95, 9).double()
     assert network.exact_halo is None
     expected = network(image)[:, :, 2 * 44 : 2 * 50]
@@ -76,7 +62,7 @@ def test_a_band_of_rows_with_its_halo_is_exact(levels):
 
 
 @torch.inference_mode()
-def test_large_pairs_run_in_bands_and_single_views_in_tiles():
+def test_large_pairs_run_in_bands_and_single_views_in_tiles(trained, pair):
     image = pair(120, 40)
     for network, mode in ((trained(tiny()), "bands"), (trained(tiny(cross_view=False)), "tiles")):
         whole = TileInferer(amp="float32")(image, network)
@@ -106,7 +92,7 @@ def test_settings_that_make_no_sense_are_explained(call, message):
 
 
 @torch.inference_mode()
-def test_weights_and_results_are_those_of_the_last_release(same_as_released):
+def test_weights_and_results_are_those_of_the_last_release(same_as_released, trained, pair):
     network = trained(tiny(4))
     found = network(pair(), parallax="disparity")
     maps = {"valid": found.parallax.valid, "disparity": found.parallax.disparity}
