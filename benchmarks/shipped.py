@@ -14,9 +14,9 @@ from medsr.networks.slice_sr import SliceSRNet
 BUNDLE = "mri_rehrseg_superres"
 
 
-def settings() -> dict[str, Any]:
-    """Settings of the bundle's ``inference.json``."""
-    return catalog.read_settings(catalog.bundle_root(BUNDLE))
+def settings(config: str = "inference.json") -> dict[str, Any]:
+    """Settings of one of the bundle's configs."""
+    return catalog.read_settings(catalog.bundle_root(BUNDLE), config)
 
 
 def shipped_network(weights: Path | None = None) -> SliceSRNet:

@@ -30,9 +30,10 @@ over the subjects.
 
 Protocol `{protocol}`.
 
-`network` is the shipped weights, `adapted` the same after some minutes on the scan itself, `smore-like` a plane network
-trained from nothing on the scan itself (baseline). The results of `network` and `adapted` are made consistent with the
-measured slices; `+ consistency` is a baseline after the same projection. PSNR in dB; each row is one subject.
+`network` is the shipped weights; `adapted` the same after some minutes on the scan itself, run in both directions along
+the slices, as by `adapt.json`; `smore-like` a plane network trained from nothing on the scan itself (baseline). The
+results of `network` and `adapted` are made consistent with the measured slices; `+ consistency` is a baseline after the
+same projection. PSNR in dB; each row is one subject.
 """
 
 

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from medsr.engines.comparison import ThroughPlaneComparison, table
@@ -76,7 +77,7 @@ def main() -> None:
         profile=arguments.profile,
         assumed_profile=arguments.assumed_profile,
         plane_minutes=arguments.plane_minutes,
-        adapt=SelfTraining(arguments.adapt_minutes) if arguments.adapt_minutes else None,
+        adapt=_adaptation(arguments.adapt_minutes) if arguments.adapt_minutes else None,
         output=arguments.output,
     ).run()
     print(table(rows))
@@ -85,6 +86,16 @@ def main() -> None:
             found = [row[name] for row in rows if row["method"] == method and name in row]
             if found:
                 print(f"{name:20s} {method:12s} mean {sum(found) / len(found):8.3f}  worst {min(found):8.3f}")
+
+
+def _adaptation(minutes: float) -> dict[str, Any]:
+    """As the bundle's ``adapt.json`` does it."""
+    overlay = settings("adapt.json")
+    return {
+        "training": SelfTraining(minutes, learning_rate=overlay["adapt_learning_rate"]),
+        "share": overlay["adapt_share"],
+        "both_directions": overlay["both_directions"],
+    }
 
 
 def _stand_in(folder: Path) -> list[dict[str, str]]:

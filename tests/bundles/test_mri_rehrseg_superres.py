@@ -449,7 +449,7 @@ def test_adaptation_changes_the_result_and_not_the_bundle(
     assert {key: value.shape for key, value in adapted.items()} == {k: v.shape for k, v in shipped.items()}
     assert any(not torch.equal(adapted[key], shipped[key]) for key in shipped)
     # The saved weights serve the next scan of the protocol, and give what the adapted network gave.
-    again = (f"weights={saved}", "figure=false")
+    again = (f"weights={saved}", "both_directions=true", "figure=false")
     assert medsr(thick, out=plain, settings=again)[0] == 0
     np.testing.assert_allclose(
         load(plain / "head_superres.nii.gz")[0], load(out / "head_superres.nii.gz")[0], atol=1e-2
@@ -511,6 +511,32 @@ def test_a_comparison_needs_no_setting(sharp: Path, tmp_path: Path, medsr: Calla
     assert status == 0, lines
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     assert {row["method"] for row in rows} >= {"nearest", "cubic", "network"}
+
+
+def test_a_comparison_follows_links_and_runs_in_both_directions_when_asked(
+    sharp: Path, tmp_path: Path, medsr: Callable[..., Any]
+) -> None:
+    study, out = tmp_path / "study", tmp_path / "out"
+    study.mkdir()
+    (study / "linked.nii.gz").symlink_to(sharp)
+
+    def compared(name: str, *settings: str) -> tuple[int, list[str]]:
+        return medsr(study, out=out / name, config=("inference.json", "evaluate.json"), settings=settings)
+
+    status, lines = compared("refused")
+    assert status != 0
+    assert "linked.nii.gz" in lines[0]
+    assert "set follow_links to true" in lines[0]
+    assert not (out / "refused").exists()
+    psnr = {}
+    for name, both in (("one", "false"), ("both", "true")):
+        status, lines = compared(name, "follow_links=true", f"both_directions={both}")
+        assert status == 0, lines
+        rows = json.loads((out / name / "comparison.json").read_text())["rows"]
+        assert {row["case"] for row in rows} == {"linked"}
+        psnr[name] = {row["method"]: row["psnr_db"] for row in rows}
+    assert psnr["one"]["cubic"] == psnr["both"]["cubic"]
+    assert psnr["one"]["network"] != psnr["both"]["network"]
 
 
 def shared_distance(first: Path, second: Path) -> float:

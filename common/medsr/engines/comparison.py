@@ -70,7 +70,8 @@ class ThroughPlaneComparison(CaseComparison):
         profile: the profile that makes the slices.
         assumed_profile: the profile that the methods are told; default the true one.
         plane_minutes: train the SMORE-like network on each scan for so long; 0 leaves the method out.
-        adapt: adaptation of the network to each scan; None leaves the method out.
+        adapt: adaptation of the network to each scan: ``training`` and other settings of
+            :class:`~medsr.engines.adaptation.AdaptingInferer`, before those of ``inferer``; None leaves the method out.
         axis: anatomical axis of the slices, as one of ``SI``, ``AP``, ``LR``.
         load: makes an image of an item's path, as :class:`~medsr.io.loading.LoadVolumed` does.
         output: file of the results, JSON.
@@ -98,7 +99,7 @@ class ThroughPlaneComparison(CaseComparison):
         profile: str = "slr",
         assumed_profile: str | None = None,
         plane_minutes: float = 0.0,
-        adapt: SelfTraining | None = None,
+        adapt: Mapping[str, Any] | None = None,
         axis: str = "SI",
         load: Callable[[Mapping[Hashable, Any]], Mapping[Hashable, Any]] | None = None,
         output: str | Path | None = None,
@@ -232,7 +233,7 @@ class ThroughPlaneComparison(CaseComparison):
         return found.cpu(), _fine_affine(thick, found.shape[-1], assumed.ratio)
 
     def _network(
-        self, thick: MetaTensor, assumed: ThickSliceParameters, adapt: SelfTraining | None = None
+        self, thick: MetaTensor, assumed: ThickSliceParameters, adapt: Mapping[str, Any] | None = None
     ) -> _Result:
         spacing = float(_spacing(thick)[2])
         settings = {
@@ -241,7 +242,7 @@ class ThroughPlaneComparison(CaseComparison):
             "slice_profile": assumed.profile,
             **self.inferer,
         }
-        inferer = VolumeInferer(**settings) if adapt is None else AdaptingInferer(adapt, **settings)
+        inferer = VolumeInferer(**settings) if adapt is None else AdaptingInferer(**{**settings, **adapt})
         batch = MetaTensor(thick.as_tensor()[None].to(self.device), affine=thick.affine)
         found = inferer(batch, self.network)[0].cpu()
         return found, _fine_affine(thick, found.shape[-1], assumed.ratio)

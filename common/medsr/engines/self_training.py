@@ -171,6 +171,8 @@ class SelfTraining:
             (ratio, ratio),
             (thickness, thickness),
             noise=self.noise,
+            # What is learnt serves this scan alone, in its own contrast.
+            gamma=(1.0, 1.0),
             profiles={profile: 1.0},
             min_slices=2,
             seed=self.seed,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from medsr.engines.adaptation import AdaptingInferer
 from medsr.engines.self_training import SelfTraining
+from medsr.errors import SettingError
 from medsr.inferers.volume import VolumeInferer
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.phantoms import head
@@ -64,6 +65,25 @@ def test_only_the_prior_adapts_where_there_is_one(scan, tmp_path):
     changed = {key for key in saved if not torch.equal(saved[key], before[key])}
     assert changed
     assert all(key.startswith("prior.") for key in changed)
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["whole network", "prior"])
+def test_the_weights_lie_between_those_shipped_and_those_trained(scan, tmp_path, prior):
+    shipped = network(prior=prior)
+    for share in (1.0, 0.25):
+        AdaptingInferer(short(), tmp_path / str(share), share=share, **SETTINGS)(scan, shipped)
+    trained, between = (
+        torch.load(tmp_path / str(share) / "T1_left_adapted.pt", weights_only=True) for share in (1.0, 0.25)
+    )
+    assert any(not torch.equal(trained[key], value) for key, value in shipped.state_dict().items())
+    for key, value in shipped.state_dict().items():
+        torch.testing.assert_close(between[key], 0.75 * value + 0.25 * trained[key])
+
+
+@pytest.mark.parametrize("share", [0, 1.01, -1, "half", float("nan")])
+def test_weights_beyond_those_trained_are_refused(share):
+    with pytest.raises(SettingError, match="adapt_share must"):
+        AdaptingInferer(short(), share=share, **SETTINGS)
 
 
 def test_every_scan_starts_from_the_shipped_weights(scan, tmp_path):

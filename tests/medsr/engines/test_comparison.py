@@ -182,16 +182,30 @@ def test_the_methods_that_learn_from_the_scan(phantom, monkeypatch):
     # Every look at the clock takes a minute: a few iterations each.
     clock = iter(range(0, 10**9, 60))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
-    adapt = SelfTraining(None, 1, batch_size=1, block_size=(16, 16))
+    training = SelfTraining(None, 1, batch_size=1, block_size=(16, 16))
     net = network("plain")
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    found = compare(phantom, net, plane_minutes=1, adapt=adapt)
+    found = compare(phantom, net, plane_minutes=1, adapt={"training": training})
     methods = ["smore-like", "smore-like + consistency", "network", "adapted"]
     assert [row["method"] for row in found][4:] == methods
     assert all(np.isfinite(row["psnr_db"]) for row in found)
     plain, projected = (of(found, method=method)[0]["data_consistency_db"] for method in methods[:2])
     assert projected > plain + 5
     assert all(torch.equal(net.state_dict()[key], before[key]) for key in before)
+
+
+def test_the_adaptation_may_run_in_both_directions_where_the_network_does_not(phantom):
+    training, net = SelfTraining(None, 1, batch_size=1, block_size=(16, 16)), network("plain")
+    # What has learnt nothing gives the interpolation, which has no direction.
+    for parameter in net.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    found = [
+        compare(phantom, net, adapt={"training": training, "both_directions": both}) for both in (False, True)
+    ]
+    one, both = (of(rows, method="adapted")[0]["psnr_db"] for rows in found)
+    assert one != both
+    one, both = (of(rows, method="network")[0]["psnr_db"] for rows in found)
+    assert one == both
 
 
 def test_an_unreadable_case_is_left_out(phantom, tmp_path, caplog):
