@@ -7,7 +7,6 @@ Papers:
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from medsr.errors import SettingError
 from medsr.handlers.training import save_weights
 from medsr.inferers.volume import MIN_SLICES, VolumeInferer
 from medsr.io.cases import case_name
+from medsr.networks.blocks import with_parts
 from medsr.settings import as_number
 
 __all__ = ["AdaptingInferer"]
@@ -120,12 +120,7 @@ class AdaptingInferer(VolumeInferer):
                 device=inputs.device,
             )
         _go_back(trained, start, 1 - self.share)
-        if not planes:
-            return trained
-        adapted = copy.copy(network)
-        # A shallow copy shares everything with the shipped network but the list of its parts.
-        adapted._modules = {**network._modules, "prior": trained}
-        return adapted
+        return with_parts(network, prior=trained) if planes else trained
 
 
 @torch.no_grad()

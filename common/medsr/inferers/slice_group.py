@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from medsr.geometry import thin_positions
-from medsr.inferers.precision import checked_precision, choose_precision
+from medsr.inferers.precision import Example, checked_precision, choose_planes, choose_precision
+from medsr.networks.blocks import with_parts
 from medsr.settings import as_flag, as_whole
 
 __all__ = ["SliceGroupInferer"]
 
 _TRIAL = 64
 """Rows and columns of the block on which the precision is chosen."""
+
+
+_PLANES = 4
+"""Of each axis, that show the range of the features: beside some hundred planes to be read, few."""
 
 
 class _Window(NamedTuple):
@@ -60,7 +65,9 @@ class SliceGroupInferer(Inferer):
         halo: voxels around a tile that are read only, at least; windows at the border are shifted inwards, so that
             all have one size.
         batch: tiles that are processed together, where they are so small that this is faster.
-        amp: ``auto``, ``float32`` or ``bfloat16``, see :func:`medsr.inferers.precision.choose_precision`.
+        amp: ``auto``, ``float32`` or ``bfloat16``, see :func:`medsr.inferers.precision.choose_precision`. With
+            ``auto`` the plane prior of a network runs in 8 bit integers where
+            :func:`~medsr.inferers.precision.choose_planes` finds these faster and the result the same.
         both_directions: also run the reversed stack and average; reversing the input then exactly reverses the
             result, at twice the time.
         progress: show a progress bar.
@@ -99,7 +106,7 @@ class SliceGroupInferer(Inferer):
         self.tile = None if tile is None else as_whole("tile", tile, 8)
         self.batch, self.progress = max(1, batch), progress
         self.both_directions = as_flag("both_directions", both_directions)
-        self.used_dtype = torch.float32
+        self.used_dtype, self.int8_planes = torch.float32, False
 
     def __call__(
         self,
@@ -119,6 +126,7 @@ class SliceGroupInferer(Inferer):
         # In inference mode the result would have to be copied before anyone may change it.
         with torch.no_grad():
             self.used_dtype = self._precision(stack, network, settings)
+            network = self._in_int8(stack, network, settings)
             result = self._run(stack, network, settings)
             if self.both_directions:
                 other = self._run(stack.flip(-1), network, settings)
@@ -134,6 +142,16 @@ class SliceGroupInferer(Inferer):
         block = stack[:1, :, rows, columns, slices]
         positions = thin_positions(block.shape[-1], settings["scale"])
         return choose_precision(self.amp, partial(network, positions=positions, **settings), block)
+
+    def _in_int8(self, stack: Tensor, network: Any, settings: dict[str, float]) -> Any:
+        """The network with a faster plane prior, where it has one and that is the same."""
+        prior = getattr(network, "prior", None)
+        self.int8_planes = False
+        if self.amp != "auto" or prior is None or self.used_dtype != torch.float32:
+            return network
+        chosen = choose_planes(prior, *_some_planes(stack, **settings))
+        self.int8_planes = chosen is not prior
+        return with_parts(network, prior=chosen) if self.int8_planes else network
 
     def _run(self, stack: Tensor, network: Any, settings: dict[str, float]) -> Tensor:
         lower = self.used_dtype == torch.bfloat16
@@ -219,3 +237,17 @@ class SliceGroupInferer(Inferer):
         # Disabled or not said: TQDM_DISABLE counts only where nothing is said.
         quiet = {} if self.progress else {"disable": True}
         return tqdm(windows, desc=what, unit=unit, total=total, leave=False, **quiet)
+
+
+def _some_planes(stack: Tensor, *, scale: float, thickness: float) -> tuple[list[Example], list[Example]]:
+    """Planes that show the range of features, the brightest and darkest voxels among them, and others for a trial."""
+    image = stack[:, 0]
+    extremes = [int(image.argmax()), int(image.argmin())]
+    _, rows, columns, _ = np.unravel_index(extremes, tuple(image.shape))
+    examples, trials = [], []
+    for axis, through in ((2, rows), (3, columns)):
+        even = np.linspace(0, stack.shape[axis] - 1, 2 * _PLANES + 1).round().astype(int)
+        for chosen, planes in ((np.r_[even[1::2], through], examples), (even[2:-1:2], trials)):
+            picked = stack.index_select(axis, torch.as_tensor(np.unique(chosen), device=stack.device))
+            planes.append((picked.movedim(axis, 1).flatten(0, 1), scale, thickness))
+    return examples, trials

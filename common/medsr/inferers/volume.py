@@ -94,6 +94,7 @@ class VolumeInferer(SliceGroupInferer):
         """Super-resolve the first (only) volume of the batch."""
         if inputs.shape[0] != 1:
             raise SettingError(f"volumes differ in geometry: use batch size 1, got {inputs.shape[0]}")
+        self.used_dtype, self.int8_planes = torch.float32, False
         ratio, thickness, warnings = self._acquisition(inputs)
         stack = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         size = stack.shape[-1]
@@ -133,6 +134,8 @@ class VolumeInferer(SliceGroupInferer):
             warnings.append(f"only {size} slices: interpolated, the network needs {MIN_SLICES}")
         facts["data_consistency_db"] = _rounded(self._consistency_db(result[0, 0], stack[0, 0], acquire))
         facts["convolutions"] = str(self.used_dtype).removeprefix("torch.")
+        if self.int8_planes:
+            facts["convolutions"] += ", those of the planes int8"
         facts["warnings"] = warnings
         self.facts = facts
         return result

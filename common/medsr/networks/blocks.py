@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError
 
-__all__ = ["border_sides", "channel_means", "convolve_exactly", "without_autocast"]
+__all__ = ["border_sides", "channel_means", "convolve_exactly", "with_parts", "without_autocast"]
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -45,6 +48,21 @@ def convolve_exactly(conv: nn.Conv2d, features: Tensor) -> Tensor:
     exact = torch.promote_types(features.dtype, torch.float32)
     with without_autocast(features):
         return F.conv2d(features.to(exact), conv.weight.to(exact), conv.bias.to(exact), padding=conv.padding)
+
+
+def with_parts(network: _Network, **parts: nn.Module) -> _Network:
+    """The same network with other parts in the place of those of these names; all else is shared.
+
+    Example:
+        >>> network = nn.Sequential(nn.ReLU())
+        >>> other = with_parts(network, **{"0": nn.Sigmoid()})
+        >>> type(network[0]).__name__, type(other[0]).__name__
+        ('ReLU', 'Sigmoid')
+    """
+    other = copy.copy(network)
+    # A shallow copy shares the list of the parts, too.
+    other._modules = {**network._modules, **parts}
+    return other
 
 
 def channel_means(x: Tensor) -> Tensor:

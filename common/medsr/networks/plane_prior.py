@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError
 from medsr.geometry import thin_positions
-from medsr.networks.blocks import without_autocast
+from medsr.networks.blocks import with_parts, without_autocast
+from medsr.networks.int8 import Int8ResidualBlocks, ResidualBlocks
 from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
 from medsr.resampling import interpolation_matrix
 from medsr.settings import as_whole_list, as_wholes
@@ -81,7 +82,7 @@ class PlanePrior(nn.Module):
         self.scale, self.label_classes = float(scale), int(label_classes)
         self.head = nn.Conv2d(1 + label_classes, channels, 3, padding=1)
         self.condition = nn.Linear(2, channels)
-        self.blocks = nn.ModuleList(
+        self.blocks = ResidualBlocks(
             nn.Sequential(
                 nn.Conv2d(channels, inside, 3, padding=1),
                 nn.ReLU(inplace=True),
@@ -171,14 +172,36 @@ class PlanePrior(nn.Module):
         smaller.load_state_dict(state)
         return smaller
 
-    def _basis_maps(self, image: Tensor, scale: float, thickness: float) -> Tensor:
-        """Maps ``(B, M, H, D)`` that are read out, float32."""
+    @torch.no_grad()
+    def in_int8(self, examples: Iterable[tuple[Tensor, float, float]]) -> PlanePrior:
+        """The same for inference, with the blocks in 8 bit integers; everything else is shared.
+
+        Args:
+            examples: planes, scale and thickness, as :meth:`forward` takes them: they show the range of the features.
+
+        Raises:
+            ValueError: if the examples give features that are not finite.
+
+        Example:
+            >>> from medsr.networks.int8 import native_int8
+            >>> prior, planes = PlanePrior(channels=8, hidden=[16]).eval(), torch.rand(2, 1, 8, 4)
+            >>> fast = prior.in_int8([(planes, 2.0, 1.0)]) if native_int8("cpu") else prior
+            >>> torch.allclose(fast(planes, 2.0), prior(planes, 2.0), atol=0.01)
+            True
+        """
+        features = (self._features(*example) for example in examples)
+        return with_parts(self, blocks=Int8ResidualBlocks(self.blocks, features))
+
+    def _features(self, image: Tensor, scale: float, thickness: float) -> Tensor:
+        """What the blocks see."""
         settings = torch.tensor(
             [1 / float(scale), float(thickness)], dtype=torch.float32, device=image.device
         )
-        features = self.head(image) + self.condition(settings).view(1, -1, 1, 1)
-        for block in self.blocks:
-            features = features + block(features)
+        return self.head(image) + self.condition(settings).view(1, -1, 1, 1)
+
+    def _basis_maps(self, image: Tensor, scale: float, thickness: float) -> Tensor:
+        """Maps ``(B, M, H, D)`` that are read out, float32."""
+        features = self.blocks(self._features(image, scale, thickness))
         return F.relu(self.to_basis(features)).float()
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from medsr.errors import SettingError
 from medsr.inferers import precision
-from medsr.inferers.precision import PRECISIONS, choose_precision, native_bfloat16
-from torch import Tensor
+from medsr.inferers.precision import PRECISIONS, Example, choose_planes, choose_precision, native_bfloat16
+from torch import Tensor, nn
 
 
 def faithful(window: Tensor) -> Tensor:
@@ -123,3 +123,54 @@ def test_of_a_gpu_only_its_own_hardware_counts(device, native, monkeypatch):
 
 def test_unknown_devices_count_as_not_native():
     assert not native_bfloat16("meta")
+
+
+# --- planes in 8 bit integers ------------------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """A prior whose 8 bits are off by some share of the spread."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.fast = share, None
+
+    def forward(self, planes: Tensor, scale: float, thickness: float) -> Tensor:
+        return planes
+
+    def in_int8(self, examples: list[Example]) -> nn.Module:
+        assert len(examples) == 1
+        if self.share != self.share:
+            raise ValueError("features are not finite")
+
+        def fast(planes: Tensor, scale: float, thickness: float) -> Tensor:
+            return planes + self.share * planes.std()
+
+        self.fast = fast
+        return fast
+
+
+@pytest.mark.parametrize(
+    ("native", "speed_up", "share", "chosen"),
+    [
+        (True, 3.0, 0.001, True),
+        (False, 3.0, 0.001, False),
+        (True, 1.1, 0.001, False),
+        (True, 3.0, 0.01, False),
+        (True, 3.0, float("nan"), False),
+        (True, 3.0, float("inf"), False),
+    ],
+)
+def test_eight_bits_only_where_they_are_native_fast_and_the_same(
+    native, speed_up, share, chosen, monkeypatch, caplog
+):
+    monkeypatch.setattr(precision, "native_int8", lambda device: native)
+    monkeypatch.setattr(precision, "_speed_up_of_int8", lambda: speed_up)
+    prior, planes = Shifted(share), torch.rand(4, 1, 9, 5)
+    examples = [(planes, 2.0, 1.0)]
+    with caplog.at_level(logging.WARNING):
+        found = choose_planes(prior, examples, [(planes, 2.0, 1.0), (planes[:2], 2.0, 1.0)])
+    assert (found is prior.fast) == chosen
+    assert (found is prior) != chosen
+    differs = native and speed_up > 1.2 and share > 0.005
+    assert ("planes in 8 bits differ" in caplog.text) == differs

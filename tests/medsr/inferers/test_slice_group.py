@@ -243,6 +243,53 @@ def test_a_misspelt_precision_is_named_before_any_volume_is_read():
         SliceGroupInferer(amp="half")
 
 
+def planes_chosen(
+    amp: str, monkeypatch: pytest.MonkeyPatch, *, prior: bool = True
+) -> tuple[Any, list[Any], Tensor]:
+    """Run a network whose planes in 8 bits give zero; note the planes that were to decide."""
+    seen: list[Any] = []
+
+    class Zero(nn.Module):
+        def forward(self, planes: Tensor, scale: float, thickness: float, positions: Any) -> Tensor:
+            return torch.zeros(*planes.shape[:-1], len(positions))
+
+    def choose(prior: nn.Module, examples: list[Any], trials: list[Any]) -> nn.Module:
+        seen.append((examples, trials))
+        return Zero()
+
+    monkeypatch.setattr(slice_group, "choose_planes", choose)
+    monkeypatch.setattr(slice_group, "choose_precision", lambda *_, **__: torch.float32)
+    torch.manual_seed(0)
+    network, run = SliceSRNet(0.125, prior=prior).eval(), SliceGroupInferer(amp=amp, tile=None)
+    stack = torch.rand(2, 1, 24, 17, 5, generator=torch.Generator().manual_seed(1))
+    stack[1, 0, 7, 3, 2], stack[0, 0, 20, 11, 4] = 9.0, -9.0
+    return run, seen, run(stack, network, scale=2.0, thickness=0.8)
+
+
+def test_planes_may_run_in_fewer_bits_and_the_network_stays_as_it_was(monkeypatch):
+    run, seen, found = planes_chosen("auto", monkeypatch)
+    assert run.int8_planes
+    # What the network adds starts at zero.
+    assert float(found.abs().max()) < 1e-6
+    ((examples, trials),) = seen
+    for planes, scale, thickness in (*examples, *trials):
+        assert (scale, thickness) == (2.0, 0.8)
+        assert planes.shape[1] == 1
+        assert planes.shape[-1] == 5
+    shown, tried = ([planes for planes, *_ in part] for part in (examples, trials))
+    assert [planes.shape[2] for planes in shown] == [17, 24] == [planes.shape[2] for planes in tried]
+    # Along both axes the brightest and the darkest voxel are among what shows the range.
+    assert all((float(planes.max()), float(planes.min())) == (9.0, -9.0) for planes in shown)
+
+
+@pytest.mark.parametrize(("amp", "prior"), [("float32", True), ("auto", False)])
+def test_planes_keep_all_bits_where_that_is_wanted_or_there_are_none(amp, prior, monkeypatch):
+    run, seen, found = planes_chosen(amp, monkeypatch, prior=prior)
+    assert not run.int8_planes
+    assert seen == []
+    assert float(found.abs().max()) > 1
+
+
 def test_the_first_estimate_has_the_chosen_precision_too_but_interpolates_exactly():
     torch.manual_seed(0)
     network, image = SliceSRNet(0.125, prior=True), torch.rand(1, 1, 24, 20, 5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from medsr.errors import DataError, SettingError
 from medsr.geometry import rescaled_size, slice_positions
+from medsr.inferers import slice_group
 from medsr.inferers.volume import MIN_SLICES, VolumeInferer, make_consistent, projection_matrix
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.resampling import interpolation_matrix
@@ -250,6 +252,17 @@ def test_the_warnings_of_one_scan_do_not_stay_for_the_next():
     run(scan(2), Recorder())
     run(scan(), Recorder())
     assert run.facts["warnings"] == []
+
+
+def test_the_facts_tell_of_planes_in_fewer_bits_of_this_scan_only(monkeypatch):
+    torch.manual_seed(0)
+    network, run = SliceSRNet(0.125, prior=True).eval(), inferer(amp="auto")
+    monkeypatch.setattr(slice_group, "choose_precision", lambda *_, **__: torch.float32)
+    monkeypatch.setattr(slice_group, "choose_planes", lambda prior, *_: copy.deepcopy(prior))
+    run(scan(), network)
+    assert run.facts["convolutions"] == "float32, those of the planes int8"
+    run(scan(2), network)
+    assert run.facts["convolutions"] == "float32"
 
 
 @pytest.mark.parametrize(("wanted", "text"), [(5, "5"), (1e9, "1e[+]09")])
