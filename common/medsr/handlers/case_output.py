@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -185,11 +186,12 @@ class RunReport:
     It is rewritten after each case, so that an interrupted run has one too. File names of the inputs appear, their
     folders and contents do not; ``input_digest`` tells an input from another one of its name. Cases of earlier runs
     into the same folder stay in it, as long as their files are there and they are not run again; ``earlier_run`` tells
-    when that was, and in what it differed from this run.
+    when that was, and in what it differed from this run. Runs that write into one folder at the same time keep each
+    other's finished cases.
 
     Args:
         output_dir: folder of the results.
-        settings: the settings of the run that shape the result.
+        settings: the settings of the run that shape the result; of a file that one names the SHA-256 is recorded.
         config_files: configs whose SHA-256 is recorded; on MONAI's command line so are those that it names.
         weights: weight file whose SHA-256 is recorded, or several by the name under which that is done.
         output: the :class:`CaseOutput` whose file names are listed.
@@ -215,10 +217,10 @@ class RunReport:
         self.settings = {k: Path(v).name if isinstance(v, str) else v for k, v in (settings or {}).items()}
         named = weights if isinstance(weights, Mapping) else {Path(weights).name: weights} if weights else {}
         configs = [*config_files, *catalog.overrides_in(sys.argv)[0]]
-        files = {**{Path(p).name: p for p in configs}, **named}
+        given = [v for v in (settings or {}).values() if isinstance(v, str) and Path(v).suffix]
+        files = {**{Path(p).name: p for p in (*configs, *filter(os.path.isfile, given))}, **named}
         self.hashes = {name: _sha256(path) for name, path in files.items()}
         self.cases: dict[str, dict[str, Any]] = {}
-        self._earlier: dict[str, dict[str, Any]] | None = None
         self._digests: dict[str, str] = {}
         self._since = time.monotonic()
         self._device = "cpu"
@@ -317,12 +319,9 @@ class RunReport:
         """Write ``report.json`` and return its path."""
         conditions = self._conditions()
         path = self.output_dir / "report.json"
-        if self._earlier is None:
-            self._earlier = _earlier_cases(path, conditions)
-        cases = {
-            **{case: entry for case, entry in self._earlier.items() if case not in self.cases},
-            **self.cases,
-        }
+        # Read anew each time: another run may be writing its cases into the same folder.
+        earlier = _earlier_cases(path, conditions)
+        cases = {**{case: entry for case, entry in earlier.items() if case not in self.cases}, **self.cases}
         return write_json(
             path,
             {

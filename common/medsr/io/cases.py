@@ -17,7 +17,7 @@ import numpy.typing as npt
 from medsr.errors import DataError
 from medsr.io.dicom import is_dicom_series, read_series, read_series_header
 from medsr.io.links import refuse_leaving_link
-from medsr.io.nifti import VolumeHeader, read_nifti, read_nifti_header
+from medsr.io.nifti import VolumeHeader, read_nifti, read_nifti_header, sidecar_path
 from medsr.settings import as_flag
 
 __all__ = [
@@ -386,7 +386,8 @@ def input_digest(item: Mapping[str, str]) -> str:
     """What tells the files of a case from others of the same names, wherever they lie and whenever they were copied.
 
     A file is known by its size and its bytes at the beginning, in the middle and at the end: to read all of it would
-    take as long as to load it. What cannot be read counts as nothing; who loads it will say so.
+    take as long as to load it. The sidecar of a NIfTI file, which may hold its slice thickness, belongs to it. What
+    cannot be read counts as nothing; who loads it will say so.
 
     Args:
         item: paths of files and folders, by any key, and the ``case``.
@@ -400,6 +401,8 @@ def input_digest(item: Mapping[str, str]) -> str:
         with contextlib.suppress(OSError):
             for file in sorted(path.iterdir()) if path.is_dir() else [path]:
                 digest.update(_sample(file))
+            if _suffix(path):
+                digest.update(_sample(sidecar_path(path)))
     return digest.hexdigest()[:16]
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "read_nifti_header",
     "refuse_constant",
     "refuse_oversize",
+    "sidecar_path",
 ]
 
 SIZE_LIMIT = 64 * 2**30
@@ -447,10 +448,21 @@ def _distance(first: FloatArray, second: FloatArray, shape: tuple[int, ...]) -> 
     return float(np.sqrt((((first - second) @ voxels)[:3] ** 2).sum(axis=0)).max())
 
 
+def sidecar_path(path: str | Path) -> Path:
+    """Where the BIDS sidecar of a NIfTI file lies, if it has one.
+
+    Example:
+        >>> sidecar_path("scans/a.nii.gz").name
+        'a.json'
+    """
+    path = Path(path)
+    stem = path.name[: -len(".nii.gz")] if path.name.lower().endswith(".gz") else path.name[: -len(".nii")]
+    return path.with_name(f"{stem}.json")
+
+
 def _sidecar(path: Path, affine: FloatArray, notes: list[str]) -> float | None:
     """Slice thickness from the BIDS sidecar ``<name>.json``; nothing else of it is kept."""
-    stem = path.name[: -len(".nii.gz")] if path.name.lower().endswith(".gz") else path.name[: -len(".nii")]
-    sidecar = path.with_name(f"{stem}.json")
+    sidecar = sidecar_path(path)
     if not sidecar.is_file():
         return None
     try:

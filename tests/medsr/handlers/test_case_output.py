@@ -501,6 +501,50 @@ def test_another_input_of_the_same_name_is_not_taken_for_the_finished_one(tmp_pa
     assert pending(out, [scan("other", 1)], overwrite=True) == [scan("other", 1)]
 
 
+def test_a_sidecar_that_was_corrected_makes_another_input(tmp_path):
+    scan, sidecar, out = tmp_path / "a.nii.gz", tmp_path / "a.json", tmp_path / "out"
+    scan.write_bytes(b"scan")
+    sidecar.write_text('{"SliceThickness": 4}')
+    items = [{"case": "a", "image": str(scan)}]
+    first = RunReport(out, SHAPING, output=CaseOutput(out, figure=False))
+    assert first.pending(items) == items
+    first.output.write(item(), FACTS)
+    first._record(engine_of(item()))
+    first(engine_of())
+    assert pending(out, items) == []
+    sidecar.write_text('{"SliceThickness": 2}')
+    assert "made of another input" in pending(out, items)[0]["error"]
+
+
+def test_a_profile_that_was_edited_is_another_setting(tmp_path):
+    taps, out = tmp_path / "taps.txt", tmp_path / "out"
+    taps.write_text("1 2 1")
+    settings = {"slice_profile": str(taps), "target": "0.5"}
+    run_of(out, "a", settings=settings)
+    assert reported(out)["settings"]["slice_profile"] == "taps.txt"
+    assert list(reported(out)["sha256"]) == ["taps.txt"]
+    again = CaseOutput(out, figure=False)
+    assert RunReport(out, settings, output=again).pending([{"case": "a"}]) == []
+    taps.write_text("1 3 1")
+    with pytest.raises(OutputError, match=r"^a: is there already, made with another taps\.txt; choose"):
+        RunReport(out, settings, output=again).pending([{"case": "a"}])
+
+
+def test_two_runs_at_a_time_keep_each_other_s_cases(tmp_path):
+    reports = []
+    for _ in range(2):
+        reports.append(RunReport(tmp_path, SHAPING, output=CaseOutput(tmp_path, figure=False)))
+        reports[-1].write()
+    for case, report in zip(("a", "b"), reports, strict=True):
+        one = {**item(), "case": case}
+        report.output.write(one, FACTS)
+        report._record(engine_of(one))
+        report(engine_of())
+    reports[0].write()
+    assert sorted(reported(tmp_path)["cases"]) == ["a", "b"]
+    assert pending(tmp_path, [{"case": "a"}, {"case": "b"}]) == []
+
+
 def test_results_of_other_settings_or_weights_are_not_taken_for_these(tmp_path):
     run_of(tmp_path, "a")
     items = [{"case": "a"}, {"case": "b"}]
