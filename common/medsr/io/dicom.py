@@ -14,10 +14,10 @@ import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,13 @@ class _Image:
     @property
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(f"{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
+
+
+class _Refused(NamedTuple):
+    """A file that is not read, and why: what it has to do with is only known once the series is chosen."""
+
+    series: str
+    reason: DataError
 
 
 def is_dicom_series(folder: str | os.PathLike[str]) -> bool:
@@ -186,8 +193,8 @@ def _survey(
     folder: Path, series_uid: str | None, *, follow_links: bool | None
 ) -> tuple[list[_Image], VolumeHeader]:
     name = _name(folder)
-    images, notes = _scan(folder, follow_links=follow_links)
-    images = _one_series(images, series_uid, name)
+    found, notes = _scan(folder, follow_links=follow_links)
+    images = _one_series(found, series_uid, name)
     images = _in_order(_same_grid(images, name), name, notes)
     affine = _affine(images, name)
     _refuse_irregular(images, affine, name)
@@ -231,13 +238,13 @@ def _name(folder: Path) -> str:
 # --- Files --------------------------------------------------------------------------------------------------
 
 
-def _scan(folder: Path, *, follow_links: bool | None) -> tuple[list[_Image], list[str]]:
+def _scan(folder: Path, *, follow_links: bool | None) -> tuple[list[_Image | _Refused], list[str]]:
     name = _name(folder)
     if not folder.exists():
         raise DataError(f"{name}: no such folder")
     if not folder.is_dir():
         raise DataError(f"{name}: not a folder; a DICOM series is given by its folder")
-    images: list[_Image] = []
+    images: list[_Image | _Refused] = []
     skipped = others = 0
     try:
         paths = sorted(folder.iterdir())
@@ -322,17 +329,19 @@ def _refuse_bomb(path: Path) -> None:
         )
 
 
-def _image(path: Path, preamble: bool) -> _Image | None:
+def _image(path: Path, preamble: bool) -> _Image | _Refused | None:
     """The facts of one file; None for a DICOM object that is not an image."""
     dataset, stopped = _dataset(path, preamble, pixels=False)
     try:
         return _facts(path, dataset, preamble, stopped)
-    except DataError:
-        raise
+    except DataError as error:
+        reason = error
     except Exception as error:
-        raise DataError(
-            f"{path.name}: damaged DICOM header ({type(error).__name__}); copy it again"
-        ) from None
+        reason = DataError(f"{path.name}: damaged DICOM header ({type(error).__name__}); copy it again")
+    series = _text(dataset, "SeriesInstanceUID")
+    if not series:
+        raise reason
+    return _Refused(series, reason)
 
 
 def _facts(path: Path, dataset: Any, preamble: bool, stopped: int) -> _Image | None:
@@ -350,6 +359,9 @@ def _facts(path: Path, dataset: Any, preamble: bool, stopped: int) -> _Image | N
         ):
             return None
         if not sop_class and not preamble:
+            return None
+        # Scanners keep protocols and raw data in classes of their own.
+        if sop_class and sop_class.is_private and stopped >= path.stat().st_size:
             return None
         raise DataError(f"{name}: Rows or Columns is missing; the file is damaged or cut")
     frames = _number(dataset, "NumberOfFrames", name=name)
@@ -508,7 +520,7 @@ def _number(dataset: Any, keyword: str, *, name: str) -> float | None:
 # --- Geometry -----------------------------------------------------------------------------------------------
 
 
-def _one_series(images: list[_Image], series_uid: str | None, name: str) -> list[_Image]:
+def _one_series(images: Sequence[_Image | _Refused], series_uid: str | None, name: str) -> list[_Image]:
     counts = Counter(image.series for image in images)
     if series_uid is not None:
         # A command line makes numbers of digits; one with a dot loses its last zeros.
@@ -520,13 +532,16 @@ def _one_series(images: list[_Image], series_uid: str | None, name: str) -> list
             raise DataError(
                 f"{name}: {len(matching)} of {len(counts)} series end in {series_uid[-6:]}; {_list(counts)}"
             )
-        return [image for image in images if image.series == matching[0]]
-    if len(counts) > 1:
+        images = [image for image in images if image.series == matching[0]]
+    elif len(counts) > 1:
         raise GeometryError(
             f"{name}: {len(counts)} series in one folder ({_list(counts)}); "
             "set series_uid to the end of one's UID, or put each into a folder of its own"
         )
-    return images
+    for image in images:
+        if isinstance(image, _Refused):
+            raise image.reason
+    return [image for image in images if isinstance(image, _Image)]
 
 
 def _list(counts: Counter[str]) -> str:

@@ -156,6 +156,32 @@ def test_two_series(series, volume, expected_affine):
         read_series(folder, series_uid=3.2222)
 
 
+def colour(index, ds):
+    ds.PhotometricInterpretation, ds.SamplesPerPixel, ds.PlanarConfiguration = "RGB", 3, 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8, 8, 7
+    ds.PixelData = bytes(32 * 40 * 3)
+
+
+def test_what_cannot_be_read_of_another_series_does_not_count(series, volume, expected_affine):
+    folder = series()
+    series(colour, uid=OTHER, prefix="aaa", count=2)
+    # Which of the two is meant is the first question.
+    assert "...222222: 2 images" in refused(folder, "2 series in one folder.*set series_uid")
+    accepted(folder, volume, expected_affine(), series_uid="111111")
+    refused(folder, "aaa_000.dcm: RGB image", DataError, series_uid="222222")
+
+
+def test_what_cannot_be_read_of_no_series_may_be_a_slice(series):
+    folder = series()
+
+    def edit(index, ds):
+        colour(index, ds)
+        del ds.SeriesInstanceUID
+
+    series(edit, prefix="aaa", count=1)
+    refused(folder, "aaa_000.dcm: RGB image", DataError, series_uid="111111")
+
+
 def test_localiser_of_the_same_series(series):
     folder = series()
 
@@ -534,6 +560,27 @@ def test_objects_that_are_not_images_are_skipped(series, volume, expected_affine
     assert header.notes == ("1 DICOM files that are not images were skipped",)
 
 
+@pytest.mark.parametrize("sop_class", ["1.3.12.2.1107.5.9.1", "1.3.46.670589.11.0.0.12.4"])
+def test_private_objects_without_pixels_are_skipped(series, volume, expected_affine, sop_class):
+    folder = series()
+
+    def private(index, ds):
+        ds.SOPClassUID = sop_class
+        for keyword in ("Rows", "Columns", "PixelData"):
+            del ds[keyword]
+
+    series(private, count=1, prefix="private")
+    header = accepted(folder, volume, expected_affine())
+    assert header.notes == ("1 DICOM files that are not images were skipped",)
+
+    def with_pixels(index, ds):
+        ds.SOPClassUID = sop_class
+        del ds["Rows"]
+
+    series(with_pixels, count=1, prefix="private")
+    refused(folder, "private_000.dcm: Rows or Columns is missing", DataError)
+
+
 def test_no_images(tmp_path):
     refused(tmp_path / "none", "no such folder", DataError)
     (tmp_path / "empty").mkdir()
@@ -598,11 +645,6 @@ def test_multi_frame(series):
 
 
 def test_colour_and_unsupported_layouts(series):
-    def colour(index, ds):
-        ds.PhotometricInterpretation, ds.SamplesPerPixel, ds.PlanarConfiguration = "RGB", 3, 0
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8, 8, 7
-        ds.PixelData = bytes(32 * 40 * 3)
-
     refused(series(colour, name="colour"), "RGB image", DataError)
 
     def palette(index, ds):
