@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,15 @@ __all__ = [
     "mark_twins",
     "read_case",
     "refuse_marked",
+    "warn_once",
 ]
 
+_log = logging.getLogger(__name__)
+
 _SUFFIXES = (".nii.gz", ".nii")
+_UNREAD = (".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".mnc")
+"""Endings of volumes that are not read: a folder that holds them says so, others may hold anything."""
+
 _NAME_LIMIT = 100
 # Of a file name in UTF-8: file systems allow 255, and the ending of a result and the mark of an unfinished one come.
 _BYTE_LIMIT = 160
@@ -362,6 +369,8 @@ def _expand(path: Path, *, follow_links: bool | None) -> list[Path]:
     except OSError as error:
         raise DataError(f"{name[:_NAME_LIMIT]}: cannot be read ({error.strerror})") from None
     if not path.is_dir():
+        if _suffix(path, (".hdr", ".img")):
+            raise DataError(f"{name}: part of a .hdr/.img pair; convert it to a single .nii file first")
         if not _suffix(path):
             raise DataError(f"{name}: not a NIfTI file; a DICOM series is given by its folder")
         return [path]
@@ -371,6 +380,7 @@ def _expand(path: Path, *, follow_links: bool | None) -> list[Path]:
         lambda child: _is_series(child, unreadable=True) if child.is_dir() else bool(_suffix(child)),
         follow_links=follow_links,
     )
+    _tell_what_is_left_out(path)
     if _is_series(path, unreadable=not found):
         if found:
             raise DataError(
@@ -380,6 +390,36 @@ def _expand(path: Path, *, follow_links: bool | None) -> list[Path]:
     if not found:
         raise DataError(f"{name}: no .nii or .nii.gz file and no DICOM series in this folder")
     return found
+
+
+def _tell_what_is_left_out(folder: Path) -> None:
+    """Volumes of other formats, and folders inside that hold NIfTI files: nobody should miss them silently."""
+    name = _name(folder)
+    unread, deeper = [], []
+    for child in sorted(folder.iterdir()):
+        if child.name.startswith("."):
+            continue
+        if _suffix(child, _UNREAD) and child.is_file():
+            unread.append(child.name)
+        with contextlib.suppress(OSError):
+            if child.is_dir() and any(_suffix(inner) for inner in child.iterdir()):
+                deeper.append(child.name)
+    if unread:
+        warn_once(f"{name}: {len(unread)} volumes are left out, {unread[0]} first; convert them to NIfTI")
+    if deeper:
+        warn_once(
+            f"{name}: {len(deeper)} folders with NIfTI files are left out, {deeper[0]} first; run them by name"
+        )
+
+
+@lru_cache(maxsize=64)
+def warn_once(text: str) -> None:
+    """Warn in the log, and not again in this process: a run lists its folder several times.
+
+    Example:
+        >>> warn_once("scans: 1 volumes are left out, a.mgz first; convert them to NIfTI")
+    """
+    _log.warning("%s", text)
 
 
 def input_digest(item: Mapping[str, str]) -> str:

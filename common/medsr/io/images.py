@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import logging
 import math
 import os
 import re
@@ -20,7 +19,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,17 +27,25 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from medsr.errors import DataError
-from medsr.io.cases import collect_cases, list_folder
+from medsr.io.cases import collect_cases, list_folder, warn_once
 from medsr.io.nifti import refuse_oversize
 
-_log = logging.getLogger(__name__)
-
-__all__ = ["ImageEncoding", "ImageHeader", "LoadedImage", "find_images", "read_image", "read_image_header"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ImageEncoding",
+    "ImageHeader",
+    "LoadedImage",
+    "find_images",
+    "read_image",
+    "read_image_header",
+]
 
 _UNREAD = (".webp", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".tga")
 """Endings of pictures that are not read: a folder that holds them says so, others may hold anything."""
 
-_SUFFIXES = (".png", ".jpeg", ".jpg", ".tiff", ".tif", ".bmp", ".dcm")
+IMAGE_SUFFIXES = (".png", ".jpeg", ".jpg", ".jpe", ".jfif", ".tiff", ".tif", ".bmp", ".dcm")
+"""Endings of the images that are read; a DICOM file needs none."""
+
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _KINDS = "PNG, JPEG, TIFF, BMP or DICOM"
 
@@ -239,7 +245,7 @@ def find_images(source: PathLike | Sequence[PathLike]) -> list[dict[str, str]]:
         Traceback (most recent call last):
         medsr.errors.DataError: no-such-folder: no such file or folder
     """
-    return collect_cases(source, _expand, suffixes=_SUFFIXES)
+    return collect_cases(source, _expand, suffixes=IMAGE_SUFFIXES)
 
 
 def read_image_header(path: PathLike) -> ImageHeader:
@@ -315,7 +321,7 @@ def _expand(path: Path) -> list[Path]:
     found = list_folder(path, _looks_like_image)
     unread = sorted(child.name for child in path.iterdir() if child.name.lower().endswith(_UNREAD))
     if unread:
-        _say(
+        warn_once(
             f"{name}: {len(unread)} pictures are left out, {unread[0]} first; convert them, {_KINDS} files are read"
         )
     if not found:
@@ -323,16 +329,17 @@ def _expand(path: Path) -> list[Path]:
     return found
 
 
-@lru_cache(maxsize=64)
-def _say(text: str) -> None:
-    """Warn once: a run lists its folder several times."""
-    _log.warning("%s", text)
-
-
 def _looks_like_image(path: Path) -> bool:
+    named = path.name.lower().endswith(IMAGE_SUFFIXES)
+    if path.is_symlink() and not path.exists():
+        return named
     if not path.is_file() or path.name.upper() == "DICOMDIR":
         return False
-    return path.name.lower().endswith(_SUFFIXES) or _head(path)[128:132] == b"DICM"
+    try:
+        return named or _head(path)[128:132] == b"DICM"
+    except DataError:
+        # It may be an image: who reads it will say why that is not possible, and others go on.
+        return True
 
 
 def _head(path: Path) -> bytes:
@@ -347,7 +354,8 @@ def _is_dicom(path: Path) -> bool:
     """Whether this existing, non-empty file is to be read by pydicom."""
     name = path.name
     if not path.exists():
-        raise DataError(f"{name}: no such file")
+        why = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise DataError(f"{name}: {why}")
     if not path.is_file():
         raise DataError(f"{name}: not a file")
     head = _head(path)

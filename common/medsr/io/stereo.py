@@ -15,8 +15,8 @@ import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
 from medsr.errors import DataError
-from medsr.io.cases import case_name, mark_twins, refuse_marked
-from medsr.io.images import find_images
+from medsr.io.cases import case_name, mark_twins, refuse_marked, warn_once
+from medsr.io.images import IMAGE_SUFFIXES, find_images
 
 __all__ = ["StereoCalibration", "find_stereo_cases", "find_stereo_pairs", "read_calibration"]
 
@@ -132,7 +132,10 @@ def find_stereo_pairs(source: PathLike, right: PathLike | None = None) -> list[d
         raise DataError(f"{folder.name}: no such folder; a folder of stereo pairs is needed")
     views = _view_folders(folder) if right is None else (find_images(folder), find_images(Path(right)))
     if views is None:
-        return _paired(*_sides(folder, refuse_marked(find_images(folder))))
+        left_views, right_views, twins = _sides(folder, refuse_marked(find_images(folder)))
+        if twins:
+            raise DataError(f"{folder.name}: {twins[0]['error']}")
+        return _paired(left_views, right_views)
     return _paired(*(_by_case(refuse_marked(items)) for items in views))
 
 
@@ -144,14 +147,14 @@ def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, s
 
     - a pair: ``{"image": left, "image_right": right, "case": name}``, known by place or name as there;
     - an image that is named neither left nor right: ``{"image": path, "case": name}``;
-    - a view whose partner is missing: ``{"image": path, "case": name, "error": what is missing}``; so are inputs of one
-      case name, see :func:`~medsr.io.cases.mark_twins`.
+    - a view whose partner is missing: ``{"image": path, "case": name, "error": what is missing}``; so are two left or
+      two right views, and inputs of one case name, see :func:`~medsr.io.cases.mark_twins`.
 
     Args:
         source: an image, a folder, or a list of these; both views of a pair may be named one by one.
 
     Raises:
-        DataError: if there is no image, a case has two left or two right views, or an image is given twice.
+        DataError: if there is no image, or one is given twice.
 
     Example:
         >>> find_stereo_cases("no-such-folder")
@@ -173,7 +176,8 @@ def find_stereo_cases(source: PathLike | Sequence[PathLike]) -> list[dict[str, s
             files.setdefault(Path(item["image"]).parent, []).append(item)
     for folder, found in files.items():
         alone = [item for item in found if "error" in item or _SIDE.match(item["case"]) is None]
-        items += [*_cases(*_sides(folder, [item for item in found if item not in alone])), *alone]
+        left, right, twins = _sides(folder, [item for item in found if item not in alone])
+        items += [*_cases(left, right), *twins, *alone]
     return sorted(mark_twins(items), key=lambda item: item["case"])
 
 
@@ -212,8 +216,8 @@ def read_calibration(path: PathLike) -> StereoCalibration:
         raise DataError(f"{path.name}: an entry cannot be read; export the calibration again") from None
 
 
-_Sides = tuple[dict[str, str], dict[str, str]]
-"""Files of the left and of the right views by case."""
+_Sides = tuple[dict[str, str], dict[str, str], list[dict[str, str]]]
+"""Files of the left and of the right views by case, and cases with two of a side."""
 
 
 def _by_case(items: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -224,16 +228,26 @@ def _view_folders(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, st
     """Left and right views of the two folders inside, if they are there."""
     for names in _FOLDERS:
         there = [name for name in names if (folder / name).is_dir()]
+        loose = sorted(child.name for child in folder.iterdir() if child.is_file()) if there else []
         if len(there) == 2:
+            pictures = [name for name in loose if name.lower().endswith(IMAGE_SUFFIXES)]
+            if pictures:
+                warn_once(
+                    f"{folder.name}: {len(pictures)} pictures beside {' and '.join(there)} are left out, {pictures[0]} "
+                    "first"
+                )
             return find_images(folder / there[0]), find_images(folder / there[1])
-        if there and not any(child.is_file() for child in folder.iterdir()):
-            missing = names[1 - names.index(there[0])]
-            raise DataError(f"{folder.name}: there is a folder {there[0]}, but no {missing} beside it")
+        if there:
+            missing = f"there is a folder {there[0]}, but no {names[1 - names.index(there[0])]} beside it"
+            if not loose:
+                raise DataError(f"{folder.name}: {missing}")
+            warn_once(f"{folder.name}: {missing}; its views are left out")
     return None
 
 
 def _sides(folder: Path, items: Sequence[dict[str, str]]) -> _Sides:
     sides: dict[str, dict[str, str]] = {"left": {}, "right": {}}
+    twins: dict[str, dict[str, str]] = {}
     for item in items:
         match = _SIDE.match(item["case"])
         if match is None:
@@ -245,8 +259,12 @@ def _sides(folder: Path, items: Sequence[dict[str, str]]) -> _Sides:
         other = sides[side].setdefault(case, item["image"])
         if other != item["image"]:
             names = " and ".join(Path(path).name for path in (other, item["image"]))
-            raise DataError(f"{folder.name}: {case} has two {side} views, {names}; keep one of them")
-    return sides["left"], sides["right"]
+            error = f"{case} has two {side} views, {names}; keep one of them"
+            twins.setdefault(case, {"image": other, "case": case, "error": error})
+    left, right = (
+        {case: path for case, path in sides[side].items() if case not in twins} for side in ("left", "right")
+    )
+    return left, right, list(twins.values())
 
 
 def _paired(left: dict[str, str], right: dict[str, str]) -> list[dict[str, str]]:

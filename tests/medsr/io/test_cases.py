@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from medsr.io.cases import (
     inspect_case,
     read_case,
     refuse_marked,
+    warn_once,
 )
 
 
@@ -299,3 +301,29 @@ def test_a_case_is_known_by_all_of_its_files(tmp_path):
     before = input_digest(item)
     label.write_bytes(b"3")
     assert input_digest(item) != before
+
+
+def test_volumes_that_are_not_read_are_not_left_out_silently(nifti, series, tmp_path, caplog):
+    warn_once.cache_clear()
+    folder = tmp_path / "study"
+    folder.mkdir()
+    nifti(name="a.nii").rename(folder / "a.nii")
+    for name in ("c.hdr", "c.img", "d.mgz", "E.NRRD", "notes.txt", ".hidden.mgz"):
+        (folder / name).write_bytes(b"x")
+    (folder / "sub").mkdir()
+    nifti(name="b.nii").rename(folder / "sub" / "b.nii")
+    series().rename(folder / "s")
+    (folder / "empty").mkdir()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert [item["case"] for item in find_cases(folder)] == ["a", "s"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "study: 3 volumes are left out, E.NRRD first; convert them to NIfTI",
+        "study: 1 folders with NIfTI files are left out, sub first; run them by name",
+    ]
+
+
+@pytest.mark.parametrize("name", ["c.hdr", "C.IMG"])
+def test_half_of_a_pair_of_files_is_told_what_it_is(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    refused(tmp_path / name, r"part of a \.hdr/\.img pair; convert it to a single \.nii file first$")

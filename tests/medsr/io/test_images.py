@@ -713,3 +713,25 @@ def test_pictures_that_are_not_read_are_named_once(tmp_path, caplog):
     find_images(tmp_path)
     (line,) = [record.getMessage() for record in caplog.records]
     assert "2 pictures are left out, First.HEIC first" in line
+
+
+def test_a_broken_link_and_a_file_that_cannot_be_opened_are_cases_that_fail_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("ok.png", "other.jfif", "third.JPE"):
+        Image.fromarray(RGB).save(folder / name, "PNG" if name == "ok.png" else "JPEG")
+    (folder / "lost.png").symlink_to(folder / "nowhere.png")
+    (folder / "notes").write_text("locked")
+    (folder / "gone").symlink_to(folder / "nowhere.txt")
+    real = Path.open
+
+    def locked(self, *args, **settings):
+        if self.name == "notes":
+            raise PermissionError(13, "Permission denied")
+        return real(self, *args, **settings)
+
+    monkeypatch.setattr(Path, "open", locked)
+    assert [item["case"] for item in find_images(folder)] == ["lost", "notes", "ok", "other", "third"]
+    refused(folder / "lost.png", "a link to a file that is not there")
+    refused(folder / "notes", r"cannot be read \(Permission denied\)")
+    assert read_image(folder / "other.jfif").encoding.file_format == "JPEG"

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from medsr.errors import DataError
+from medsr.io.cases import warn_once
 from medsr.io.stereo import StereoCalibration, find_stereo_cases, find_stereo_pairs, read_calibration
 from PIL import Image
 from scipy.spatial.transform import Rotation
@@ -142,6 +145,34 @@ def test_a_missing_partner_in_a_folder_is_named(tmp_path):
     save(tmp_path / "right" / "b.png")
     with pytest.raises(DataError, match="a: there is no right view"):
         find_stereo_pairs(tmp_path)
+
+
+def test_two_views_of_a_side_are_one_bad_case(tmp_path):
+    for name in ("x_left.png", "x-left.png", "x_right.png", "b_left.png", "b_right.png"):
+        save(tmp_path / name)
+    good, bad = find_stereo_cases(tmp_path)
+    assert (good["case"], Path(good["image_right"]).name) == ("b", "b_right.png")
+    assert "error" not in good
+    assert (bad["case"], bad["error"]) == (
+        "x",
+        "x has two left views, x-left.png and x_left.png; keep one of them",
+    )
+
+
+def test_pictures_beside_the_folders_of_views_are_not_left_out_silently(tmp_path, caplog):
+    warn_once.cache_clear()
+    for name in ("left/1.png", "right/1.png", "b_left.png", "b_right.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("x")
+    with caplog.at_level(logging.WARNING):
+        assert [item["case"] for item in find_stereo_cases(tmp_path)] == ["1"]
+        shutil.rmtree(tmp_path / "right")
+        assert [item["case"] for item in find_stereo_cases(tmp_path)] == ["b"]
+    name = tmp_path.name
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{name}: 2 pictures beside left and right are left out, b_left.png first",
+        f"{name}: there is a folder left, but no right beside it; its views are left out",
+    ]
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------
