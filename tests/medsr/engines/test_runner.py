@@ -216,6 +216,17 @@ def test_the_disk_must_have_room_for_the_results(data, tmp_path, monkeypatch, ca
     assert len(usable(preflight(str(data), out))) == 2
 
 
+def test_results_that_do_not_fit_into_memory_are_refused(data, tmp_path, monkeypatch, capsys):
+    # Of 8 x 8 x 20 thin voxels, two volumes.
+    monkeypatch.setattr("medsr.io.nifti._free_memory", lambda: 2 * 4 * 8 * 8 * 20)
+    assert len(usable(preflight(str(data), tmp_path / "out", thin_volumes=2))) == 2
+    monkeypatch.setattr("medsr.io.nifti._free_memory", lambda: 2 * 4 * 8 * 8 * 20 - 1)
+    assert len(usable(preflight(str(data), tmp_path / "out"))) == 2
+    code, line = failure(capsys, preflight, str(data / "a.nii.gz"), tmp_path / "out", thin_volumes=2)
+    assert code == DataError.exit_code
+    assert "a.nii.gz on thin slices: needs 0.0 GiB as float32" in line
+
+
 @pytest.mark.parametrize(("spacing", "words"), [("abc", "must be a number > 0"), (1e9, "1e+09 is coarser")])
 def test_the_spacing_of_the_results_is_checked_with_the_headers(data, tmp_path, capsys, spacing, words):
     code, line = failure(capsys, preflight, str(data / "a.nii.gz"), tmp_path / "out", spacing_mm=spacing)
