@@ -20,6 +20,7 @@ from medsr.errors import SettingError
 from medsr.handlers.training import save_weights
 from medsr.inferers.volume import MIN_SLICES, VolumeInferer
 from medsr.io.cases import case_name
+from medsr.io.writing import probe_folder
 from medsr.networks.blocks import with_parts
 from medsr.settings import as_number
 
@@ -79,14 +80,16 @@ class AdaptingInferer(VolumeInferer):
         """Adapt to the first channel, then super-resolve all channels."""
         if inputs.shape[-1] < MIN_SLICES:
             return super().__call__(inputs, network)
+        path = self._weights_path(inputs)
+        if path is not None:
+            # Before minutes of training are in vain.
+            probe_folder(path.parent)
         _log.info("adapting to the scan")
         adapted = self._adapted(inputs, network)
         warnings = list(self.training.warnings)
-        path = self._weights_path(inputs)
         if path is not None:
             if path.exists():
                 warnings.append(f"{path.name} of an earlier run was replaced")
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_weights(adapted.state_dict(), path)
         result = super().__call__(inputs, adapted)
         self.facts["adaptation"] = dict(self.training.done)

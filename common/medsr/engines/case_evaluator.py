@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine
@@ -24,6 +26,8 @@ def one_line(error: BaseException) -> str:
     Example:
         >>> one_line(ValueError("too short"))
         'ValueError: too short'
+        >>> one_line(FileNotFoundError(2, "No such file or directory", "/home/somebody/a.nii"))
+        'a.nii: No such file or directory'
     """
     chain: list[BaseException] = []
     current: BaseException | None = error
@@ -34,6 +38,12 @@ def one_line(error: BaseException) -> str:
     if ours:
         return " ".join(str(ours[-1]).split())
     last = chain[-1]
+    if isinstance(last, OSError) and last.strerror:
+        # Its own text holds the whole path.
+        where = (
+            f"{Path(os.fsdecode(last.filename)).name}: " if isinstance(last.filename, (str, bytes)) else ""
+        )
+        return f"{where}{last.strerror}"
     text = (str(last).strip().splitlines() or ["no message"])[0]
     return f"{type(last).__name__}: {text}"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from medsr.engines.adaptation import AdaptingInferer
 from medsr.engines.self_training import SelfTraining
-from medsr.errors import SettingError
+from medsr.errors import OutputError, SettingError
 from medsr.inferers.volume import VolumeInferer
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.phantoms import head
@@ -105,6 +105,15 @@ def test_weights_of_an_earlier_run_are_replaced_and_the_warnings_say_so(scan, tm
     run(scan, shipped)
     assert saved.read_bytes() != before
     assert run.facts["warnings"] == ["T1_left_adapted.pt of an earlier run was replaced"]
+
+
+def test_a_folder_for_weights_that_cannot_be_written_to_is_named_before_the_training(scan, tmp_path):
+    place = tmp_path / "weights"
+    place.write_text("a file")
+    run = AdaptingInferer(short(), place, **SETTINGS)
+    with pytest.raises(OutputError, match=r"^weights: cannot write to this folder"):
+        run(scan, network())
+    assert run.training.done == {}
 
 
 def test_a_volume_without_a_file_is_a_scan(scan, tmp_path):
