@@ -137,6 +137,7 @@ def preflight(
     follow_links: bool | None = None,
     spacing_mm: float | None = None,
     thin_volumes: int = 0,
+    time_series: bool = True,
     report: RunReport | None = None,
     find: Callable[..., list[dict[str, str]]] | None = None,
     inspect: Callable[[Mapping[str, str]], Any] | None = None,
@@ -156,6 +157,7 @@ def preflight(
         follow_links: read volumes behind links that leave their folder, see :func:`~medsr.io.cases.list_folder`.
         spacing_mm: slice spacing of the results; default the in-plane spacing.
         thin_volumes: float32 volumes on thin slices that a case leaves behind; the disk must have room for them.
+        time_series: accept volumes with a time axis.
         report: of the run; cases that an earlier run has finished are then passed over, see
             :meth:`~medsr.handlers.case_output.RunReport.pending`.
         find: lists the cases behind ``dataset_dir``; default volumes in slices.
@@ -198,6 +200,10 @@ def preflight(
                 inspect(case)
             else:
                 header = inspect_case(case["image"], series_uid=series_uid, follow_links=follow_links)
+                if not time_series and prod(header.shape[3:]) > 1:
+                    raise DataError(
+                        f"{header.path.name}: {header.shape[3]} volumes in one file; split it first"
+                    )
                 results = thin_volumes * _thin_bytes(header, force=force, spacing_mm=spacing_mm)
                 refuse_oversize(f"{header.path.name} on thin slices", results)
                 needed += results

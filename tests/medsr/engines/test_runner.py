@@ -216,6 +216,18 @@ def test_the_disk_must_have_room_for_the_results(data, tmp_path, monkeypatch, ca
     assert len(usable(preflight(str(data), out))) == 2
 
 
+def test_a_time_series_is_refused_where_one_volume_is_meant(tmp_path, capsys):
+    for name, volumes in (("one.nii.gz", 1), ("two.nii.gz", 2)):
+        values = np.random.default_rng(0).random((8, 8, 5, volumes), dtype=np.float32)
+        write_nifti(tmp_path / name, values, affine=np.diag([1.0, 1.0, 4.0, 1.0]))
+    one, two = (str(tmp_path / f"{name}.nii.gz") for name in ("one", "two"))
+    assert len(usable(preflight([one, two], tmp_path / "out"))) == 2
+    assert len(usable(preflight(one, tmp_path / "out", time_series=False))) == 1
+    code, line = failure(capsys, preflight, two, tmp_path / "out", time_series=False)
+    assert code == DataError.exit_code
+    assert "two.nii.gz: 2 volumes in one file; split it first" in line
+
+
 def test_results_that_do_not_fit_into_memory_are_refused(data, tmp_path, monkeypatch, capsys):
     # Of 8 x 8 x 20 thin voxels, two volumes.
     monkeypatch.setattr("medsr.io.nifti._free_memory", lambda: 2 * 4 * 8 * 8 * 20)
