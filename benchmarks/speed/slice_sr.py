@@ -20,6 +20,7 @@ from medsr.geometry import slice_positions
 from medsr.inferers.precision import native_bfloat16
 from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.inferers.volume import VolumeInferer
+from medsr.networks.int8 import native_int8
 from medsr.networks.layout import channels_last
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.resampling import interpolation_matrix, resample_last_axis
@@ -46,6 +47,7 @@ def main() -> None:
     torch.set_num_threads(1)
     interpolation(arguments.rounds)
     layouts(arguments.rounds)
+    planes(arguments.rounds)
     full_width(max(3, arguments.rounds // 5))
     if not arguments.skip_volume:
         memory(arguments.size)
@@ -94,6 +96,21 @@ def layouts(rounds: int) -> None:
     print_ratio(what, times["ours"], times["probe"])
 
 
+def planes(rounds: int) -> None:
+    """The shipped plane prior, in float32 and with its blocks in 8 bit integers."""
+    if not native_int8("cpu"):
+        print("this processor does not multiply 8 bit integers: planes stay float32")
+        return
+    prior = shipped_network().prior
+    assert prior is not None
+    some = torch.rand(4, 1, 240, 40)
+    fast = prior.in_int8([(some, float(RATIO), 1.0)])
+    times = interleaved(
+        {"float32": lambda: prior(some, float(RATIO)), "int8": lambda: fast(some, float(RATIO))}, rounds
+    )
+    print_ratio("4 planes 240 x 40 -> 160: float32 / int8", times["float32"], times["int8"])
+
+
 def full_width(rounds: int) -> None:
     """The published width, untrained, against what a convolution of its first stage reaches on the same voxels."""
     torch.manual_seed(0)
@@ -121,7 +138,7 @@ def memory(size: list[int]) -> None:
 def measured(*size: int) -> Callable[[], object]:
     """What :func:`memory` measures, warmed up."""
     chosen, network = settings(), shipped_network()
-    inferer = VolumeInferer(group=chosen["group"], tile=chosen["tile"], amp="float32")
+    inferer = VolumeInferer(group=chosen["group"], tile=chosen["tile"])
     stack = MetaTensor(torch.rand(1, 1, *size), affine=torch.diag(torch.tensor([1.0, 1.0, RATIO, 1.0])))
     inferer(stack[..., :64, :64, :8], network)
     return lambda: inferer(stack, network)
@@ -139,7 +156,8 @@ def volume(size: list[int]) -> None:
         inferer(stack, network, scale=float(RATIO))
         times.append(time.monotonic() - since)
     what = f"{size[0]} x {size[1]} x {size[2]} to x {size[2] * RATIO}"
-    print(f"{what}, 2 threads: {times[1]:.1f} s of network and inferer wall time")
+    reduced = "int8" if inferer.int8_planes else "float32"
+    print(f"{what}, 2 threads, planes {reduced}: {times[1]:.1f} s of network and inferer wall time")
     print(f"twice the slices take {times[1] / times[0]:.2f} times as long")
 
 
