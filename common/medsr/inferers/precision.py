@@ -156,7 +156,7 @@ def choose_precision(
 
 @torch.no_grad()
 def choose_planes(
-    prior: PlanePrior, examples: Sequence[Example], trials: Sequence[Example], *, tolerance: float = 0.005
+    prior: PlanePrior, examples: Sequence[Example], trials: Sequence[Example], *, tolerance: float = 0.01
 ) -> PlanePrior:
     """The prior in 8 bit integers if the processor is faster with them and some planes stay the same; or itself.
 
