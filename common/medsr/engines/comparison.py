@@ -113,6 +113,8 @@ class ThroughPlaneComparison(CaseComparison):
         for ratio, gap in product(self.ratios, self.gaps):
             thick_parameters(ratio, gap, self.profile, name="ratios", gap_name="gaps")
         self.plane_minutes, self.adapt = as_number("plane_minutes", plane_minutes), adapt
+        if not (adapt is None or isinstance(adapt, Mapping)):
+            raise SettingError(f"adapt must hold settings, training among them, got {type(adapt).__name__}")
         if axis not in _AXES:
             raise SettingError(f"slice_axis must be {', '.join(_AXES[:-1])} or {_AXES[-1]}, got {axis!r}")
         self.axis, self.load = axis, load or LoadVolumed("image")

@@ -24,7 +24,7 @@ from medsr.geometry import refinement_ratio, rescaled_size, slice_axis
 from medsr.handlers.case_output import RunReport
 from medsr.io.cases import find_cases, inspect_case
 from medsr.io.images import find_images, read_image_header
-from medsr.io.nifti import VolumeHeader, refuse_oversize
+from medsr.io.nifti import VolumeHeader, refuse_beyond_memory
 from medsr.io.stereo import find_stereo_cases
 from medsr.io.writing import probe_folder
 from medsr.settings import as_number
@@ -205,7 +205,7 @@ def preflight(
                         f"{header.path.name}: {header.shape[3]} volumes in one file; split it first"
                     )
                 results = thin_volumes * _thin_bytes(header, force=force, spacing_mm=spacing_mm)
-                refuse_oversize(f"{header.path.name} on thin slices", results)
+                refuse_beyond_memory(f"{header.path.name} on thin slices", results)
                 needed += results
             checked.append(case)
         except MedsrError as error:

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from medsr import catalog
 from medsr.errors import MedsrError, OutputError
 from medsr.geometry import spacing_of
 from medsr.handlers.qc_figure import superres_figure
-from medsr.io.cases import input_digest
+from medsr.io.cases import input_digest, sidecar_digest
 from medsr.io.writing import write_figure, write_json, write_nifti
 from medsr.settings import as_flag
 
@@ -186,8 +186,8 @@ class RunReport:
     It is rewritten after each case, so that an interrupted run has one too. File names of the inputs appear, their
     folders and contents do not; ``input_digest`` tells an input from another one of its name. Cases of earlier runs
     into the same folder stay in it, as long as their files are there and they are not run again; ``earlier_run`` tells
-    when that was, and in what it differed from this run. Runs that write into one folder at the same time keep each
-    other's finished cases.
+    when that was, and in what it differed from this run. Runs that write into one folder at the same time keep what
+    they find of each other; where two write at the same moment, a case may be lost from the report.
 
     Args:
         output_dir: folder of the results.
@@ -218,10 +218,13 @@ class RunReport:
         named = weights if isinstance(weights, Mapping) else {Path(weights).name: weights} if weights else {}
         configs = [*config_files, *catalog.overrides_in(sys.argv)[0]]
         given = [v for v in (settings or {}).values() if isinstance(v, str) and Path(v).suffix]
-        files = {**{Path(p).name: p for p in (*configs, *filter(os.path.isfile, given))}, **named}
+        given = list(filter(os.path.isfile, given))
+        self._named = {Path(file).name for file in given}
+        files = {**{Path(p).name: p for p in (*configs, *given)}, **named}
         self.hashes = {name: _sha256(path) for name, path in files.items()}
         self.cases: dict[str, dict[str, Any]] = {}
-        self._digests: dict[str, str] = {}
+        self._earlier: dict[str, dict[str, Any]] = {}
+        self._digests: dict[str, dict[str, str]] = {}
         self._since = time.monotonic()
         self._device = "cpu"
 
@@ -249,7 +252,11 @@ class RunReport:
         Raises:
             OutputError: if a finished case was made with other settings, weights or configs.
         """
-        self._digests = {item["case"]: input_digest(item) for item in items if "error" not in item}
+        self._digests = {
+            item["case"]: {"input_digest": input_digest(item), "sidecar_digest": sidecar_digest(item)}
+            for item in items
+            if "error" not in item
+        }
         if self.output is None or self.output.overwrite:
             return list(items)
         earlier = _earlier_cases(self.output_dir / "report.json", self._conditions())
@@ -259,7 +266,10 @@ class RunReport:
                 left.append(item)
                 continue
             case, there = item["case"], self.output.present(item["case"])
-            if case in earlier and earlier[case].get("input_digest") in (None, self._digests[case]):
+            # What a report of an earlier release does not say is taken to be the same.
+            if case in earlier and all(
+                earlier[case].get(key) in (None, digest) for key, digest in self._digests[case].items()
+            ):
                 self.refuse_mixture(case, earlier[case]["earlier_run"])
             elif there:
                 why = (
@@ -292,6 +302,8 @@ class RunReport:
             if isinstance(before := earlier.get(kind), dict)
             for key in sorted({*before, *now[kind]})
             if before.get(key) != now[kind].get(key)
+            # Reports of earlier releases have no hash of a file that a setting names.
+            if key in before or key not in self._named
         ]
         if changed:
             raise OutputError(
@@ -320,8 +332,8 @@ class RunReport:
         conditions = self._conditions()
         path = self.output_dir / "report.json"
         # Read anew each time: another run may be writing its cases into the same folder.
-        earlier = _earlier_cases(path, conditions)
-        cases = {**{case: entry for case, entry in earlier.items() if case not in self.cases}, **self.cases}
+        self._earlier |= _earlier_cases(path, conditions, without=self.cases)
+        cases = {**{k: entry for k, entry in self._earlier.items() if k not in self.cases}, **self.cases}
         return write_json(
             path,
             {
@@ -352,7 +364,7 @@ class RunReport:
             self.cases[case] = {
                 "status": "done",
                 "input": Path(str(image.meta.get("filename_or_obj", case))).name,
-                **({"input_digest": self._digests[case]} if case in self._digests else {}),
+                **self._digests.get(case, {}),
                 **self.describe(item),
                 "seconds": round(time.monotonic() - self._since, 1),
                 "files": self.output.written.get(case, []) if self.output else [],
@@ -373,13 +385,17 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def _earlier_cases(path: Path, conditions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _earlier_cases(
+    path: Path, conditions: Mapping[str, Any], *, without: Container[str] = ()
+) -> dict[str, dict[str, Any]]:
     """The cases of an earlier report whose files are all there, with what differed when they were made."""
     kept: dict[str, dict[str, Any]] = {}
     # A report that is damaged, or of another program, says nothing.
     with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
         report = json.loads(path.read_text(encoding="utf-8"))
         for case, entry in report["cases"].items():
+            if case in without:
+                continue
             if not entry.get("files") or not all((path.parent / name).is_file() for name in entry["files"]):
                 continue
             run = {key: report.get(key) for key in ("written", *conditions)} | entry.get("earlier_run", {})

@@ -145,7 +145,8 @@ class SliceGroupInferer(Inferer):
 
     def _in_int8(self, stack: Tensor, network: Any, settings: dict[str, float]) -> Any:
         """The network with a faster plane prior, where it has one and that is the same."""
-        prior = getattr(network, "prior", None)
+        # Not by attribute: a compiled network passes those of the network inside on, and would not use another one.
+        prior = getattr(network, "_modules", {}).get("prior")
         self.int8_planes = False
         if self.amp != "auto" or prior is None or self.used_dtype != torch.float32:
             return network

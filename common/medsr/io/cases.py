@@ -32,6 +32,7 @@ __all__ = [
     "mark_twins",
     "read_case",
     "refuse_marked",
+    "sidecar_digest",
     "warn_once",
 ]
 
@@ -194,6 +195,9 @@ def list_folder(
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror})") from None
     for child in found:
+        if not child.exists():
+            # A link to nowhere leads out of nothing: its case fails with that reason.
+            continue
         refuse_leaving_link(child, follow_links=follow_links, instead="name the file itself instead")
     return found
 
@@ -402,7 +406,10 @@ def _tell_what_is_left_out(folder: Path) -> None:
         if _suffix(child, _UNREAD) and child.is_file():
             unread.append(child.name)
         with contextlib.suppress(OSError):
-            if child.is_dir() and any(_suffix(inner) for inner in child.iterdir()):
+            # Results of ours may lie among the inputs.
+            if child.is_symlink() or not child.is_dir() or (child / "report.json").exists():
+                continue
+            if any(_suffix(inner) for inner in child.iterdir()):
                 deeper.append(child.name)
     if unread:
         warn_once(f"{name}: {len(unread)} volumes are left out, {unread[0]} first; convert them to NIfTI")
@@ -426,8 +433,7 @@ def input_digest(item: Mapping[str, str]) -> str:
     """What tells the files of a case from others of the same names, wherever they lie and whenever they were copied.
 
     A file is known by its size and its bytes at the beginning, in the middle and at the end: to read all of it would
-    take as long as to load it. The sidecar of a NIfTI file, which may hold its slice thickness, belongs to it. What
-    cannot be read counts as nothing; who loads it will say so.
+    take as long as to load it. What cannot be read counts as nothing; who loads it will say so.
 
     Args:
         item: paths of files and folders, by any key, and the ``case``.
@@ -441,9 +447,21 @@ def input_digest(item: Mapping[str, str]) -> str:
         with contextlib.suppress(OSError):
             for file in sorted(path.iterdir()) if path.is_dir() else [path]:
                 digest.update(_sample(file))
-            if _suffix(path):
-                digest.update(_sample(sidecar_path(path)))
     return digest.hexdigest()[:16]
+
+
+def sidecar_digest(item: Mapping[str, str]) -> str:
+    """The same for the sidecars of the NIfTI files of a case, which may hold their slice thickness.
+
+    Args:
+        item: as for :func:`input_digest`.
+
+    Example:
+        >>> sidecar_digest({"case": "a", "image": "none.nii.gz"})
+        'e3b0c44298fc1c14'
+    """
+    paths = [Path(value) for key, value in sorted(item.items()) if key != "case" and _suffix(Path(value))]
+    return hashlib.sha256(b"".join(_sample(sidecar_path(path)) for path in paths)).hexdigest()[:16]
 
 
 def _sample(file: Path) -> bytes:

@@ -28,6 +28,7 @@ __all__ = [
     "VolumeHeader",
     "read_nifti",
     "read_nifti_header",
+    "refuse_beyond_memory",
     "refuse_constant",
     "refuse_oversize",
     "sidecar_path",
@@ -199,6 +200,18 @@ def refuse_oversize(name: str, needed: int) -> None:
             f"{name}: needs {needed / 2**30:.1f} GiB as float32, the limit is {SIZE_LIMIT / 2**30:.0f} GiB; "
             "crop it, or check the header"
         )
+    refuse_beyond_memory(name, needed)
+
+
+def refuse_beyond_memory(name: str, needed: int) -> None:
+    """Raise where arrays of so many bytes do not fit into the free memory; arguments as :func:`refuse_oversize`.
+
+    Raises:
+        DataError: if they do not.
+
+    Example:
+        >>> refuse_beyond_memory("a.nii", 4096)
+    """
     free = _free_memory()
     if free is not None and needed > free:
         raise DataError(

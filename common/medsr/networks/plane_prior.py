@@ -176,6 +176,8 @@ class PlanePrior(nn.Module):
     def in_int8(self, examples: Iterable[tuple[Tensor, float, float]]) -> PlanePrior:
         """The same for inference, with the blocks in 8 bit integers; everything else is shared.
 
+        The result can be neither copied deeply nor pickled: its packed weights are oneDNN's.
+
         Args:
             examples: planes, scale and thickness, as :meth:`forward` takes them: they show the range of the features.
 

@@ -208,6 +208,11 @@ def test_the_adaptation_may_run_in_both_directions_where_the_network_does_not(ph
     assert one == both
 
 
+def test_an_adaptation_without_settings_is_refused_before_anything_is_computed(phantom):
+    with pytest.raises(SettingError, match="adapt must hold settings, training among them, got SelfTraining"):
+        compare(phantom, network(), adapt=SelfTraining(1))
+
+
 def test_an_unreadable_case_is_left_out(phantom, tmp_path, caplog):
     (tmp_path / "bad.nii.gz").write_bytes(b"nothing")
     cases = [

@@ -165,3 +165,11 @@ def test_facts_stay_with_a_network_of_another_library():
     network = with_facts(nn.Conv2d(3, 4, 1), classes=4)
     assert (network.in_channels, network.out_channels, network.scale) == (3, 4, 1)
     assert network(torch.rand(1, 3, 2, 2)).shape == (1, 4, 2, 2)
+
+
+def test_the_statistics_of_a_network_of_another_library_follow_within_a_short_training():
+    slow = nn.Sequential(nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1, momentum=0.01))
+    network, frames = with_facts(slow, classes=1), 1e-3 * torch.rand(4, 3, 8, 8)
+    for _ in range(100):
+        network(frames)
+    assert float(network[1].running_var) < 1e-3

@@ -516,6 +516,22 @@ def test_a_sidecar_that_was_corrected_makes_another_input(tmp_path):
     assert "made of another input" in pending(out, items)[0]["error"]
 
 
+def test_what_a_report_of_an_earlier_release_does_not_say_is_taken_to_be_the_same(tmp_path):
+    scan, taps, out = tmp_path / "a.nii.gz", tmp_path / "taps.txt", tmp_path / "out"
+    for file in (scan, scan.with_name("a.json"), taps):
+        file.write_bytes(b"1")
+    items, settings = [{"case": "a", "image": str(scan)}], {"slice_profile": str(taps)}
+    first = RunReport(out, settings, output=CaseOutput(out, figure=False))
+    first.pending(items)
+    first.output.write(item(), FACTS)
+    first._record(engine_of(item()))
+    first(engine_of())
+    report = reported(out)
+    del report["cases"]["a"]["sidecar_digest"], report["sha256"]["taps.txt"]
+    (out / "report.json").write_text(json.dumps(report))
+    assert RunReport(out, settings, output=CaseOutput(out, figure=False)).pending(items) == []
+
+
 def test_a_profile_that_was_edited_is_another_setting(tmp_path):
     taps, out = tmp_path / "taps.txt", tmp_path / "out"
     taps.write_text("1 2 1")
@@ -543,6 +559,23 @@ def test_two_runs_at_a_time_keep_each_other_s_cases(tmp_path):
     reports[0].write()
     assert sorted(reported(tmp_path)["cases"]) == ["a", "b"]
     assert pending(tmp_path, [{"case": "a"}, {"case": "b"}]) == []
+
+
+def test_a_report_that_cannot_be_read_for_a_moment_loses_nothing(tmp_path, monkeypatch):
+    run_of(tmp_path, "a")
+    report = RunReport(tmp_path, SHAPING, output=CaseOutput(tmp_path, figure=False))
+    report.write()
+    real = Path.read_text
+
+    def locked(self, *args, **settings):
+        if self.name == "report.json":
+            raise PermissionError
+        return real(self, *args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", locked)
+        report.write()
+    assert list(reported(tmp_path)["cases"]) == ["a"]
 
 
 def test_results_of_other_settings_or_weights_are_not_taken_for_these(tmp_path):

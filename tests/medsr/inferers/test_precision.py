@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,27 @@ def test_unknown_devices_count_as_not_native():
 # --- planes in 8 bit integers ------------------------------------------------------------------------------------
 
 
+def test_labels_do_not_hide_what_eight_bits_do_to_the_image(monkeypatch):
+    monkeypatch.setattr(precision, "native_int8", lambda device: True)
+    monkeypatch.setattr(precision, "_speed_up_of_int8", lambda: 3.0)
+    planes = torch.rand(4, 2, 9, 5) * torch.tensor([1.0, 100.0]).view(2, 1, 1)
+
+    class Prior(nn.Module):
+        def __init__(self, error: float) -> None:
+            super().__init__()
+            self.error = torch.tensor([error, 0.0]).view(2, 1, 1)
+
+        def forward(self, planes: Tensor, scale: float, thickness: float) -> Tensor:
+            return planes
+
+        def in_int8(self, examples: list[Example]) -> Any:
+            return lambda planes, *_: planes + self.error
+
+    for error, chosen in ((0.001, True), (0.1, False)):
+        prior, example = Prior(error), [(planes, 2.0, 1.0)]
+        assert (choose_planes(prior, example, example) is not prior) == chosen
+
+
 class Shifted(nn.Module):
     """A prior whose 8 bits are off by some share of the spread."""
 
@@ -168,7 +190,7 @@ def test_eight_bits_only_where_they_are_native_fast_and_the_same(
     monkeypatch.setattr(precision, "_speed_up_of_int8", lambda: speed_up)
     prior, planes = Shifted(share), torch.rand(4, 1, 9, 5)
     examples = [(planes, 2.0, 1.0)]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         found = choose_planes(prior, examples, [(planes, 2.0, 1.0), (planes[:2], 2.0, 1.0)])
     assert (found is prior.fast) == chosen
     assert (found is prior) != chosen

@@ -314,6 +314,10 @@ def test_volumes_that_are_not_read_are_not_left_out_silently(nifti, series, tmp_
     nifti(name="b.nii").rename(folder / "sub" / "b.nii")
     series().rename(folder / "s")
     (folder / "empty").mkdir()
+    # Results of an earlier run are not missed.
+    (folder / "superres").mkdir()
+    for name in ("a_superres.nii.gz", "report.json"):
+        (folder / "superres" / name).write_bytes(b"x")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert [item["case"] for item in find_cases(folder)] == ["a", "s"]

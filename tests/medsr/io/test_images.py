@@ -738,6 +738,7 @@ def test_a_broken_link_and_a_file_that_cannot_be_opened_are_cases_that_fail_alon
     (folder / "lost.png").symlink_to(folder / "nowhere.png")
     (folder / "notes").write_text("locked")
     (folder / "gone").symlink_to(folder / "nowhere.txt")
+    (folder / "unfetched.png").symlink_to(tmp_path / "annex" / "nowhere.png")
     real = Path.open
 
     def locked(self, *args, **settings):
@@ -746,7 +747,9 @@ def test_a_broken_link_and_a_file_that_cannot_be_opened_are_cases_that_fail_alon
         return real(self, *args, **settings)
 
     monkeypatch.setattr(Path, "open", locked)
-    assert [item["case"] for item in find_images(folder)] == ["lost", "notes", "ok", "other", "third"]
+    assert [item["case"] for item in find_images(folder)] == [
+        *("lost", "notes", "ok", "other", "third", "unfetched")
+    ]
     refused(folder / "lost.png", "a link to a file that is not there")
     refused(folder / "notes", r"cannot be read \(Permission denied\)")
     assert read_image(folder / "other.jfif").encoding.file_format == "JPEG"
