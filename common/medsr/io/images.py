@@ -279,7 +279,7 @@ def read_image(path: PathLike) -> LoadedImage:
     Grey of 16 bits is read exactly, 12-bit TIFF and DICOM by their stored bits. Palettes are expanded to RGB, 1-bit
     images to 8-bit grey, YBR of DICOM is converted to RGB by pydicom. The EXIF orientation is applied.
     Floating-point TIFF is read if all values are in [0, 1]; no range is guessed for it. ``MONOCHROME1`` is kept as
-    stored, and noted: only a display inverts it. An image without any structure is noted, too.
+    stored, and noted: only a display inverts it.
 
     Args:
         path: a PNG, JPEG, TIFF, BMP or DICOM file.
@@ -298,13 +298,11 @@ def read_image(path: PathLike) -> LoadedImage:
     refuse_oversize(name, 4 * math.prod(header.size) * (header.channels + header.has_alpha))
     with _one_line_faults(name):
         pixels = _dicom_pixels(header) if header.encoding.file_format == "DICOM" else _picture_pixels(header)
-    values = pixels[: header.channels]
-    constant = ("all pixels are equal",) if (values == values[:, :1, :1]).all() else ()
     return LoadedImage(
-        values=values,
+        values=pixels[: header.channels],
         alpha=pixels[header.channels :] if header.has_alpha else None,
         encoding=header.encoding,
-        notes=(*header.notes, *constant),
+        notes=header.notes,
     )
 
 
