@@ -126,6 +126,19 @@ def test_every_encoding_comes_back_and_bad_files_do_not_stop_the_others(medsr, t
     assert modes == {"colour": "RGB", "grey16": "I;16", "alpha": "RGBA", "palette": "RGB"}
 
 
+def test_another_network_by_overlay_enlarges_and_goes_on_from_its_weights(medsr, sharp, tmp_path):
+    out, trained = tmp_path / "out", tmp_path / "trained"
+    config = ("inference.json", "fmen.json")
+    assert medsr(sharp, out=out, config=config, settings=QUIET) == (0, [])
+    with Image.open(out / "one-1_superres.png") as image:
+        assert image.size == (4 * 56, 4 * 48)
+    weights = catalog.bundle_root(NAME) / "models" / "fmen" / "model.pt"
+    settings = ("crop_size=32", "batch_size=2", "iterations=2", f"initial_weights={weights}")
+    assert medsr(sharp, out=trained, config=("train.json", "fmen.json"), settings=settings) == (0, [])
+    again = (*QUIET, f"weights={trained / 'model.pt'}")
+    assert medsr(sharp, out=tmp_path / "again", config=config, settings=again) == (0, [])
+
+
 def test_weights_of_another_scale_are_refused(medsr, sharp, tmp_path):
     weights = catalog.bundle_root(NAME) / "models" / "model.pt"
     out = tmp_path / "out"

@@ -8,7 +8,7 @@ from PIL import Image
 from benchmarks.quality import fundus
 
 
-def test_the_network_for_photographs_adds_its_own_rows_under_the_protocols_of_the_bundle(
+def test_the_networks_for_photographs_add_their_own_rows_under_the_protocols_of_the_bundle(
     tmp_path: Path,
 ) -> None:
     rows, columns = np.mgrid[:64, :80]
@@ -17,7 +17,8 @@ def test_the_network_for_photographs_adds_its_own_rows_under_the_protocols_of_th
     Image.fromarray(np.uint8(disc[..., None] * (120 + 60 * waves))).save(tmp_path / "drive-1.png")
     found = fundus.natural(tmp_path)
     assert {(row["case"], row["group"], row["method"]) for row in found} == {
-        ("drive-1", "drive", fundus.NATURAL)
+        ("drive-1", "drive", fundus.NATURAL),
+        ("drive-1", "drive", fundus.TUNED),
     }
     assert {row["protocol"].split(":")[3] for row in found} == {"fov", "full"}
     assert all(row["psnr_db"] > 10 for row in found)
