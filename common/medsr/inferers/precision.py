@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from medsr.errors import SettingError
-from medsr.networks.int8 import Int8ResidualBlocks, ResidualBlocks, native_int8
+from medsr.networks.blocks import ResidualBlocks
+from medsr.networks.int8 import Int8ResidualBlocks, native_int8
 from medsr.networks.plane_prior import PlanePrior
 
 __all__ = ["PRECISIONS", "checked_precision", "choose_planes", "choose_precision", "native_bfloat16"]

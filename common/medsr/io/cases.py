@@ -384,7 +384,7 @@ def _expand(path: Path, *, follow_links: bool | None) -> list[Path]:
         lambda child: _is_series(child, unreadable=True) if child.is_dir() else bool(_suffix(child)),
         follow_links=follow_links,
     )
-    _tell_what_is_left_out(path)
+    _tell_what_is_left_out(path, found)
     if _is_series(path, unreadable=not found):
         if found:
             raise DataError(
@@ -396,11 +396,12 @@ def _expand(path: Path, *, follow_links: bool | None) -> list[Path]:
     return found
 
 
-def _tell_what_is_left_out(folder: Path) -> None:
+def _tell_what_is_left_out(folder: Path, found: Sequence[Path]) -> None:
     """Volumes of other formats, and folders inside that hold NIfTI files: nobody should miss them silently."""
     name = _name(folder)
     unread, deeper = [], []
-    for child in sorted(folder.iterdir()):
+    # What is a case is not left out, and the files of a series need not be listed again.
+    for child in sorted(set(folder.iterdir()) - set(found)):
         if child.name.startswith("."):
             continue
         if _suffix(child, _UNREAD) and child.is_file():

@@ -13,9 +13,35 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError
 
-__all__ = ["border_sides", "channel_means", "convolve_exactly", "with_parts", "without_autocast"]
+__all__ = [
+    "ResidualBlocks",
+    "border_sides",
+    "channel_means",
+    "convolve_exactly",
+    "with_parts",
+    "without_autocast",
+]
 
 _Network = TypeVar("_Network", bound=nn.Module)
+
+
+class ResidualBlocks(nn.ModuleList):
+    """Blocks of convolution, ReLU and convolution, each of which adds to what it sees.
+
+    Shape:
+        ``(B, C, H, W)`` to the same.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+        >>> ResidualBlocks([block])(torch.zeros(1, 2, 5, 5)).shape
+        torch.Size([1, 2, 5, 5])
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Run all blocks."""
+        for block in self:
+            features = features + block(features)
+        return features
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

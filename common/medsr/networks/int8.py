@@ -13,7 +13,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Int8ResidualBlocks", "ResidualBlocks", "native_int8"]
+from medsr.networks.blocks import ResidualBlocks
+
+__all__ = ["Int8ResidualBlocks", "native_int8"]
 
 _ROOM = 1.1
 """How far beyond the range that the examples showed an activation may go before it is cut off."""
@@ -43,37 +45,19 @@ def native_int8(device: torch.device | str) -> bool:
     return bool(found.get("avx512_vnni") or found.get("avx_vnni") or found.get("amx_int8"))
 
 
-class ResidualBlocks(nn.ModuleList):
-    """Blocks of convolution, ReLU and convolution, each of which adds to what it sees.
-
-    Shape:
-        ``(B, C, H, W)`` to the same.
-
-    Example:
-        >>> block = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
-        >>> ResidualBlocks([block])(torch.zeros(1, 2, 5, 5)).shape
-        torch.Size([1, 2, 5, 5])
-    """
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Run all blocks."""
-        for block in self:
-            features = features + block(features)
-        return features
-
-
 class Int8ResidualBlocks(nn.Module):
-    """:class:`ResidualBlocks` whose convolutions multiply 8 bit integers; what they add to stays float32.
+    """Residual blocks whose convolutions multiply 8 bit integers; what they add to stays float32.
 
     Each convolution gets one scale for its input, from the range that examples show, and one per channel for its
     weights. The sums over the blocks are never rounded, so that errors of the blocks do not add up in them.
 
     Args:
-        blocks: what is approximated; 3 x 3 convolutions, zero padding. Not changed, and not followed if they change.
+        blocks: the :class:`~medsr.networks.blocks.ResidualBlocks` that are approximated; 3 x 3 convolutions, zero
+            padding. Not changed, and not followed if they change.
         examples: features as the blocks will see them.
 
     Shape:
-        as :class:`ResidualBlocks`; float32, without gradients.
+        as :class:`~medsr.networks.blocks.ResidualBlocks`; float32, without gradients.
 
     Raises:
         ValueError: if the examples give features that are not finite.

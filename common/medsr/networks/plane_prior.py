@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError
 from medsr.geometry import thin_positions
-from medsr.networks.blocks import with_parts, without_autocast
-from medsr.networks.int8 import Int8ResidualBlocks, ResidualBlocks
+from medsr.networks.blocks import ResidualBlocks, with_parts, without_autocast
+from medsr.networks.int8 import Int8ResidualBlocks
 from medsr.networks.position_readout import PositionReadout, slabs_and_conditions
 from medsr.resampling import interpolation_matrix
 from medsr.settings import as_whole_list, as_wholes

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from medsr.networks.int8 import Int8ResidualBlocks, ResidualBlocks, native_int8
+from medsr.networks.blocks import ResidualBlocks
+from medsr.networks.int8 import Int8ResidualBlocks, native_int8
 from medsr.networks.plane_prior import PlanePrior
 from torch import Tensor, nn
 
