@@ -2,23 +2,27 @@
 
     python -m benchmarks.quality.instrument_folder OUTPUT [--data FOLDER]
 
-``all/`` holds frames of EndoVis 2017 and of CholecSeg8k for the binary task, ``parts/`` those of EndoVis 2017 alone.
-What stands before the hyphen of a name is the source, which is one video of one patient: a split leaves out one of the
-two. Masks keep the grey values of their source where they show an instrument, so that one label map, ``LABEL_MAP``,
-reads them all. All else is 0, and 255 where nobody labelled: the border of one pixel in CholecSeg8k. The black around
-its circular image is background.
+``all/`` holds frames of four scenes for the binary task, ``parts/`` those of EndoVis 2017 alone. What stands before the
+hyphen of a name is the source, which is one video of one patient, and which a split leaves out as a whole. Masks of
+EndoVis 2017 and CholecSeg8k are those of their authors. Cholec80 and the da Vinci scenes come without; their
+instruments were outlined by hand for this project, by nobody who operates, in ``instrument_outlines.json``. Masks keep
+the grey values of their source where they show an instrument, so that one label map, ``LABEL_MAP``, reads them all. All
+else is 0, and 255 where nobody labelled: the border of one pixel in CholecSeg8k. The black around its circular image
+is background.
 
-All frames are about 640 pixels wide. Those of EndoVis 2017 are interlaced: they lose every second row, their border,
+Frames are 512 to 640 pixels wide. Those of EndoVis 2017 are interlaced: they lose every second row, their border,
 and half of their pixels, which leaves them sharp along both axes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding
@@ -27,12 +31,19 @@ from medsr.io.masks import write_mask
 from medsr.io.writing import probe_folder
 from medsr.transforms.frame_labels import IGNORED, LoadMaskd, ResizeFramed, SameSized
 from medsr.transforms.stereo import EndoVis17Framed
+from PIL import Image, ImageDraw
 
 PARTS = {"shaft": [10], "wrist": [20], "clasper": [30]}
 """Grey values in EndoVis 2017."""
 
 INSTRUMENTS = (31, 32)
 """Grey values of grasper and L-hook in CholecSeg8k."""
+
+OUTLINES = Path(__file__).with_name("instrument_outlines.json")
+"""By frame its file and the outlines of its instruments: columns and rows, from the upper left corner."""
+
+OUTLINED = 10
+"""Grey value inside an outline."""
 
 LABEL_MAP = {
     "background": [0],
@@ -49,16 +60,16 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
     arguments = parser.parse_args()
-    for folder, sources in (("all", (write_endovis17, write_cholecseg8k)), ("parts", (write_endovis17,))):
+    for folder, sources in (("all", SOURCES), ("parts", (write_endovis17,))):
         for write in sources:
-            count = write(arguments.data / "instrument_seg", arguments.output / folder)
+            count = write(arguments.data, arguments.output / folder)
             print(f"{folder} {write.__name__.removeprefix('write_')}: {count} frames")
     print(f"label map of all/: {LABEL_MAP}, to ignore: {IGNORED}")
 
 
 def write_endovis17(data: Path, output: Path) -> int:
     """Write the frames of EndoVis 2017, and return how many there are."""
-    paths = sorted((data / "endovis17" / "images").glob("*.png"))
+    paths = sorted((data / "instrument_seg" / "endovis17" / "images").glob("*.png"))
     transforms = (
         EndoVis17Framed("image"),
         EndoVis17Framed("label", deinterlace=False),
@@ -74,7 +85,7 @@ def write_endovis17(data: Path, output: Path) -> int:
 
 def write_cholecseg8k(data: Path, output: Path) -> int:
     """Write the frames of CholecSeg8k, and return how many there are."""
-    paths = sorted((data / "cholecseg8k" / "images").glob("*.png"))
+    paths = sorted((data / "instrument_seg" / "cholecseg8k" / "images").glob("*.png"))
     resize = ResizeFramed("image", "label", longest=WIDTH)
     for path in paths:
         item = resize(load(path, path.parents[1] / "labels_watershed" / path.name))
@@ -82,6 +93,22 @@ def write_cholecseg8k(data: Path, output: Path) -> int:
         item["label"] = mask * torch.isin(mask, torch.tensor([*INSTRUMENTS, IGNORED]))
         write_frame(item, output, f"cholec-{path.stem.removesuffix('_endo')}")
     return len(paths)
+
+
+def write_outlined(data: Path, output: Path) -> int:
+    """Write the frames that were outlined by hand, and return how many there are."""
+    frames = json.loads(OUTLINES.read_text(encoding="utf-8"))
+    for name, frame in frames.items():
+        item = LoadImageFiled("image")({"image": data / frame["image"]})
+        mask = Image.new("L", tuple(item["image"].shape[:0:-1]))
+        for outline in frame["outlines"]:
+            ImageDraw.Draw(mask).polygon([tuple(corner) for corner in outline], fill=OUTLINED)
+        write_frame({**item, "label": torch.from_numpy(np.array(mask))[None]}, output, name)
+    return len(frames)
+
+
+SOURCES = (write_endovis17, write_cholecseg8k, write_outlined)
+"""What writes the frames of ``all/``."""
 
 
 def load(image: Path, label: Path) -> dict[Any, Any]:

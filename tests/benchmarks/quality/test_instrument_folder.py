@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def write(root: Path, labels: str, name: str, mask: np.ndarray) -> None:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     mask = np.zeros((1080, 1920), dtype=np.uint8)
     mask[400:700, 800:1300] = 10
     write(tmp_path / "instrument_seg" / "endovis17", "labels_parts", "frame000.png", mask)
@@ -30,6 +31,18 @@ def data(tmp_path: Path) -> Path:
     mask[200:300, 400:500] = 31
     mask[[0, -1]] = mask[:, [0, -1]] = 255
     write(tmp_path / "instrument_seg" / "cholecseg8k", "labels_watershed", "frame_1_endo.png", mask)
+    outlines = {
+        "cholec80-1": {
+            "image": "own/a.png",
+            "outlines": [[[3, 1], [6, 1], [6, 5], [3, 5]], [[0, 7], [1, 7], [1, 7]]],
+        },
+        "davinci-1": {"image": "own/b.png", "outlines": []},
+    }
+    (tmp_path / "outlines.json").write_text(json.dumps(outlines))
+    monkeypatch.setattr(instrument_folder, "OUTLINES", tmp_path / "outlines.json")
+    (tmp_path / "own").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 10)).save(tmp_path / "own" / name)
     return tmp_path
 
 
@@ -40,7 +53,9 @@ def test_frames_are_reduced_with_their_masks(
     monkeypatch.setattr(sys, "argv", ["instrument_folder", str(output), "--data", str(data)])
     instrument_folder.main()
     items = find_labelled_frames(output / "all")
-    assert [item["case"] for item in items] == ["cholec-frame_1", "endovis17-frame000"]
+    names = [item["case"] for item in items]
+    assert names == ["cholec-frame_1", "cholec80-1", "davinci-1", "endovis17-frame000"]
+    items, outlined = [items[0], items[3]], items[1:3]
     assert [item["case"] for item in find_labelled_frames(output / "parts")] == ["endovis17-frame000"]
     greys = [{0, 31, 255}, {0, 10}]
     for item, size, values in zip(items, [(360, 640), (504, 632)], greys, strict=True):
@@ -55,3 +70,20 @@ def test_frames_are_reduced_with_their_masks(
     assert border[[0, -1]].all()
     assert border[:, [0, -1]].all()
     assert not border[1:-1, 1:-1].any()
+    drawn, empty = (read_mask(item["label"]) for item in outlined)
+    assert drawn.shape == empty.shape == (10, 20)
+    assert not empty.any()
+    # Columns before rows, the corners included.
+    assert (drawn[1:6, 3:7] == 10).all()
+    assert (drawn[7, :2] == 10).all()
+    assert np.count_nonzero(drawn) == 5 * 4 + 2
+
+
+def test_the_outlines_lie_inside_their_frames() -> None:
+    frames = json.loads(instrument_folder.OUTLINES.read_text(encoding="utf-8"))
+    assert len(frames) == 7
+    for name, frame in frames.items():
+        width, height = (640, 360) if name.startswith("cholec80-") else (512, 512)
+        for outline in frame["outlines"]:
+            assert len(outline) >= 3
+            assert all(0 <= column <= width and 0 <= row <= height for column, row in outline)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from medsr.engines.prepare_batch import PreparePair, PrepareThickSlices
+from medsr.engines.prepare_batch import PreparePair, PreparePasted, PrepareThickSlices
 from medsr.errors import SettingError
 from medsr.geometry import slice_positions
 from medsr.transforms.thick_slices import MIN_RATIO, ThickSliceParameters
@@ -188,3 +188,41 @@ def test_a_pair_comes_with_what_the_network_is_asked_for(parallax):
     assert torch.equal(image, pair["image"])
     assert torch.equal(label, pair["label"])
     assert (args, settings) == ((), {"parallax": parallax})
+
+
+def frames(count: int = 6) -> dict[str, Tensor]:
+    """Frame k has the grey k / 10 everywhere, and an instrument of class 1 or 2 in its own row."""
+    image = (torch.arange(count) / 10).view(-1, 1, 1, 1).expand(count, 3, 8, 5).clone()
+    label = torch.zeros(count, 1, 8, 5, dtype=torch.long)
+    for k in range(count):
+        label[k, 0, k] = 1 + k % 2
+    label[:, :, 7] = 255
+    return {"image": image, "label": label}
+
+
+def test_an_instrument_comes_with_its_pixels_its_class_and_its_place():
+    batch = frames()
+    image, label = PreparePasted(prob=1.0, seed=4)(batch)
+    new = (label != batch["label"]).squeeze(1)
+    assert new.any()
+    for k, row, column in new.nonzero().tolist():
+        # Row n is where frame n has its instrument, and its grey says where the pixel is from.
+        assert label[k, 0, row, column] == 1 + row % 2
+        assert image[k, :, row, column].tolist() == pytest.approx([row / 10] * 3)
+    own = ~new.unsqueeze(1).expand_as(image)
+    assert torch.equal(image[own], batch["image"][own]), "all else stays as it was"
+    assert torch.equal(label[:, :, 7], batch["label"][:, :, 7]), "what nobody labelled is not pasted"
+
+
+@pytest.mark.parametrize(("prob", "least", "most"), [(0.0, 0, 0), (0.5, 40, 110)])
+def test_as_many_frames_get_something_pasted_in_as_are_asked_for(prob, least, most):
+    prepare, batch = PreparePasted(prob=prob), frames()
+    changed = sum(int((prepare(batch)[1] != batch["label"]).flatten(1).any(1).sum()) for _ in range(30))
+    assert least <= changed <= most
+
+
+def test_pasting_leaves_the_batch_as_it_was():
+    batch, again = frames(), frames()
+    PreparePasted(prob=1.0)(batch)
+    assert torch.equal(batch["image"], again["image"])
+    assert torch.equal(batch["label"], again["label"])
