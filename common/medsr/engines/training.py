@@ -20,7 +20,7 @@ from medsr.errors import DataError, SettingError, WeightsError
 from medsr.io.cases import find_cases, refuse_marked
 from medsr.io.dicom import is_dicom_series
 from medsr.io.stereo import find_stereo_cases
-from medsr.networks.checkpoints import as_grey
+from medsr.networks.checkpoints import as_grey, at_scale
 
 _log = logging.getLogger(__name__)
 
@@ -157,8 +157,9 @@ def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | 
     so that it stays a good estimate by itself and can be adapted to a scan by itself. A network with labels may
     start from one without: until it is trained it treats the image as that one did, and ignores the labels. A network
     for grey images may start from weights for colour where it says so (``grey_from_colour``), see
-    :func:`~medsr.networks.checkpoints.as_grey`. Tensors that a network names in ``task_tensors`` start anew where the
-    weights are of another scale or of other classes.
+    :func:`~medsr.networks.checkpoints.as_grey`. Tensors that a network names in ``subpixel_tensors`` are turned into
+    those of its scale (:func:`~medsr.networks.checkpoints.at_scale`); what it names in ``task_tensors`` starts anew
+    where the weights are of another scale yet, or of other classes.
 
     Args:
         path: plain state dict; None leaves the network as it is.
@@ -226,6 +227,9 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
         state = {key: _with_zeros(tensor, own[key].shape) for key, tensor in state.items()}
     if getattr(network, "grey_from_colour", False) and network.in_channels == 1:
         state = as_grey(state, own)
+    for key in getattr(network, "subpixel_tensors", ()):
+        if key in state and state[key].shape != own[key].shape:
+            state = {**state, key: at_scale(state[key], own[key].shape, network.scale)}
     wrong = [key for key in state if state[key].shape != own[key].shape]
     of_task = tuple(getattr(network, "task_tensors", ()))
     if wrong and all(key in of_task for key in wrong):

@@ -1,9 +1,10 @@
-"""Weights of another origin: read strictly and safely, and turned into those of a network for grey images."""
+"""Weights of another origin: read strictly and safely, and turned into those for grey images or another scale."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from medsr.errors import WeightsError
 
-__all__ = ["as_grey", "load_checkpoint", "rename_tensors"]
+__all__ = ["as_grey", "at_scale", "load_checkpoint", "rename_tensors"]
 
 _HOLDERS = ("params_ema", "params", "state_dict", "model")
 """Keys under which training code keeps the state dict, the average of the weights first."""
@@ -74,6 +75,37 @@ def as_grey(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
         elif tensor.shape == (3 * shape[0], *shape[1:]):
             found[name] = tensor.unflatten(0, (3, -1)).mean(0)
     return found
+
+
+def at_scale(tensor: Tensor, shape: Sequence[int], scale: int) -> Tensor:
+    """Weight or bias in front of a pixel shuffle for another scale, where one scale is a multiple of the other.
+
+    A larger result is the smaller one with every pixel repeated, a smaller one the mean of the larger: a better start
+    than any new last layer. For all other scales the tensor stays as it is.
+
+    Args:
+        tensor: ``(channels * old**2, ...)``.
+        shape: shape that is wanted, ``(channels * scale**2, ...)``.
+        scale: the new one.
+
+    Example:
+        >>> at_scale(torch.tensor([1.0, 3.0, 5.0, 7.0]), (1,), 1)
+        tensor([4.])
+        >>> at_scale(torch.tensor([1.0]), (4,), 2)
+        tensor([1., 1., 1., 1.])
+    """
+    channels = shape[0] // scale**2
+    old = math.isqrt(tensor.shape[0] // channels)
+    if tensor.shape[1:] != tuple(shape[1:]) or tensor.shape[0] != channels * old**2:
+        return tensor
+    pixels = tensor.unflatten(0, (channels, old, old))
+    if scale % old == 0:
+        times = scale // old
+        return pixels.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(0, 2)
+    if old % scale == 0:
+        side = old // scale
+        return pixels.unflatten(2, (scale, side)).unflatten(1, (scale, side)).mean((2, 4)).flatten(0, 2)
+    return tensor
 
 
 def rename_tensors(

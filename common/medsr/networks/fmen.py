@@ -111,6 +111,12 @@ class FMEN(nn.Module):
     grey_from_colour = True
     """Its weights for colour are a start for grey images, see :func:`~medsr.networks.checkpoints.as_grey`."""
 
+    task_tensors = ("tail.weight", "tail.bias")
+    """Their shape depends on the scale."""
+
+    subpixel_tensors = task_tensors
+    """They write the pixels of one scale, see :func:`~medsr.networks.checkpoints.at_scale`."""
+
     def __init__(
         self,
         scale: int = 4,

@@ -74,9 +74,6 @@ class StereoFMEN(FMEN):
 
     exact_halo: int | None
 
-    task_tensors = ("tail.weight", "tail.bias")
-    """Their shape depends on the scale."""
-
     grey_from_colour = False
     """Not offered for pairs."""
 

@@ -243,6 +243,29 @@ def test_weights_of_another_task_start_all_but_its_tensors(tmp_path: Path, capsy
     assert torch.equal(started["encoder.conv1.weight"], binary.encoder.conv1.weight)
 
 
+@torch.inference_mode()
+def test_weights_of_one_scale_start_another_as_the_same_image(tmp_path: Path) -> None:
+    build = partial(FMEN, features=8, mid_features=6, down_blocks=1, up_blocks=(1, 1), fused=True)
+    x2, image = build(2).eval(), torch.rand(1, 3, 9, 7)
+    torch.save(x2.state_dict(), tmp_path / "x2.pt")
+    x4 = start_from(tmp_path / "x2.pt", build(4)).eval()
+    repeated = x2(image).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    torch.testing.assert_close(x4(image), repeated, atol=1e-6, rtol=1e-5)
+
+    torch.nn.init.normal_(x4.tail.weight)
+    torch.save(x4.state_dict(), tmp_path / "x4.pt")
+    back = start_from(tmp_path / "x4.pt", build(2)).eval()
+    mean = torch.nn.functional.avg_pool2d(x4(image), 2)
+    torch.testing.assert_close(back(image), mean, atol=1e-5, rtol=1e-4)
+
+    # No multiple: the last layer starts anew, and the others from the weights.
+    x3 = build(3)
+    before = x3.tail.weight.clone()
+    start_from(tmp_path / "x2.pt", x3)
+    assert torch.equal(x3.tail.weight, before)
+    assert torch.equal(x3.head.weight, x2.head.weight)
+
+
 @pytest.mark.parametrize(
     "build",
     [
