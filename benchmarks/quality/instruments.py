@@ -54,16 +54,17 @@ the frames of one source are segmented by networks that were trained without it,
 instruments, another animal or patient, in part another camera. Four scenes with 24 frames are all there is: this shows
 what transfers, and nothing clinical. Augmentation and size were chosen on two of the scenes, {chosen_on}, which are
 trained on, were outlined by hand for this project (`benchmarks/quality/instrument_outlines.json`), and are not
-reported. Both networks start from random weights, with one schedule, rate and loss; FlexibleUNet
-has the encoder EfficientNet-b0.
+reported. CholecSeg8k and Cholec80 are one kind of operation and camera, from other patients as far as the frames tell.
+Both networks start from random weights, with one schedule, rate and loss; FlexibleUNet has the encoder EfficientNet-b0.
 
 Protocol: {protocol}. IoU and Dice are means and standard deviations over the frames.
 """
 
 STUDY = """Each frame was made small ({degradation}), restored, and segmented; `sharp` is the frame itself. `closed`
 is the share of the loss in Dice from sharp to bicubic that super-resolution brings back; it says nothing where bicubic
-loses less than the scatter of the frames. `StereoFMEN` is the default network of `{superres}`; it
-learnt from the frames of {learnt_from}, among many others: its rows there are too good, and `closed` is left out.
+loses less than the scatter of the frames. The networks see all of them at the size of the bundle's `longest`, half of
+the frame's: what x2 restores is mostly lost again. `StereoFMEN` is the default network of `{superres}`;
+it learnt from the frames of {learnt_from}, among many others: its rows there are too good, and `closed` is left out.
 """
 
 OWN = """## On the frames of the training
@@ -86,8 +87,11 @@ def main() -> None:
     output = arguments.output.resolve()
     folder = output / "all"
     if not folder.exists():
+        # Under another name first: what was interrupted is no folder of frames.
+        begun = output / "all.part"
         for write in SOURCES:
-            write(arguments.data, folder)
+            write(arguments.data, begun)
+        begun.rename(folder)
     training = {
         "minutes": arguments.minutes,
         "iterations": ENOUGH,

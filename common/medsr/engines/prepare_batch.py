@@ -68,17 +68,21 @@ class PreparePasted(PrepareBatch):
     smoothed; the publication found that blending adds nothing.
 
     Args:
-        prob: share of the frames that get something pasted in.
-        ignore: class index that is not pasted, and not covered in the label where nothing is pasted.
+        share: of the frames, in [0, 1], for which another frame of the batch is drawn; it may be the frame itself,
+            and in a batch of one always is.
+        ignore: class index that is not pasted.
         seed: seed of the draws.
 
     Shape:
         ``batch["image"]`` of ``(B, C, H, W)`` and ``batch["label"]`` of ``(B, 1, H, W)``, class indices with 0 for
         what is not pasted, to the same.
 
+    Raises:
+        SettingError: if ``share`` is no share.
+
     Example:
         >>> batch = {"image": torch.rand(2, 3, 4, 6), "label": torch.zeros(2, 1, 4, 6, dtype=torch.long)}
-        >>> image, label = PreparePasted(prob=1.0)(batch)
+        >>> image, label = PreparePasted(share=1.0)(batch)
         >>> torch.equal(image, batch["image"])
         True
 
@@ -86,8 +90,10 @@ class PreparePasted(PrepareBatch):
         doi:10.1109/CVPR46437.2021.00294
     """
 
-    def __init__(self, prob: float = 0.5, *, ignore: int = IGNORED, seed: int = 0) -> None:
-        self.prob, self.ignore = float(prob), int(ignore)
+    def __init__(self, share: float = 0.5, *, ignore: int = IGNORED, seed: int = 0) -> None:
+        if not 0 <= share <= 1:
+            raise SettingError(f"the share of frames to paste into must lie in [0, 1], got {share:g}")
+        self.share, self.ignore = float(share), int(ignore)
         self.random = np.random.default_rng(seed)
 
     def __call__(
@@ -104,7 +110,7 @@ class PreparePasted(PrepareBatch):
         )
         count = len(image)
         source = torch.as_tensor(self.random.integers(count, size=count), device=label.device)
-        taken = torch.as_tensor(self.random.random(count) < self.prob, device=label.device)
+        taken = torch.as_tensor(self.random.random(count) < self.share, device=label.device)
         new = label[source]
         pasted = (new > 0) & (new != self.ignore) & taken.view(-1, 1, 1, 1)
         return torch.where(pasted, image[source], image), torch.where(pasted, new, label)

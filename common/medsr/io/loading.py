@@ -16,10 +16,10 @@ from medsr.errors import DataError, SettingError
 from medsr.io.cases import read_case
 from medsr.io.images import read_image
 
-__all__ = ["LoadImageFiled", "LoadVolumed", "loaded_name"]
+__all__ = ["LUMA", "LoadImageFiled", "LoadVolumed", "loaded_name"]
 
-_LUMA = (0.299, 0.587, 0.114)
-"""Shares of red, green and blue."""
+LUMA = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in brightness, ITU-R BT.601."""
 
 
 class LoadVolumed(MapTransform):
@@ -170,7 +170,7 @@ class LoadImageFiled(MapTransform):
             return image
         if self.channels == 3:
             return image.repeat(3, 1, 1)
-        return torch.einsum("c,chw->hw", image.new_tensor(_LUMA), image)[None]
+        return torch.einsum("c,chw->hw", image.new_tensor(LUMA), image)[None]
 
 
 def loaded_name(image: Any, key: Hashable) -> str:

@@ -10,12 +10,10 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 from torch import Tensor
 
+from medsr.io.loading import LUMA
 from medsr.transforms.frame_labels import IGNORED
 
 __all__ = ["RandHueSaturationd", "RandRoundFieldd"]
-
-_LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in brightness, ITU-R BT.601."""
 
 
 class RandHueSaturationd(RandomizableTransform, MapTransform):
@@ -71,7 +69,7 @@ class RandHueSaturationd(RandomizableTransform, MapTransform):
 
 def _hue_matrix(degrees: float, saturation: float) -> Tensor:
     """The map of colours that keeps brightness and grey, and turns and scales all else."""
-    luma = torch.tensor(_LUMA, dtype=torch.float64)
+    luma = torch.tensor(LUMA, dtype=torch.float64)
     # Two differences of colour, as in YIQ, where a turn is a change of hue.
     basis = torch.stack(
         [

@@ -202,7 +202,7 @@ def frames(count: int = 6) -> dict[str, Tensor]:
 
 def test_an_instrument_comes_with_its_pixels_its_class_and_its_place():
     batch = frames()
-    image, label = PreparePasted(prob=1.0, seed=4)(batch)
+    image, label = PreparePasted(share=1.0, seed=4)(batch)
     new = (label != batch["label"]).squeeze(1)
     assert new.any()
     for k, row, column in new.nonzero().tolist():
@@ -214,15 +214,20 @@ def test_an_instrument_comes_with_its_pixels_its_class_and_its_place():
     assert torch.equal(label[:, :, 7], batch["label"][:, :, 7]), "what nobody labelled is not pasted"
 
 
-@pytest.mark.parametrize(("prob", "least", "most"), [(0.0, 0, 0), (0.5, 40, 110)])
-def test_as_many_frames_get_something_pasted_in_as_are_asked_for(prob, least, most):
-    prepare, batch = PreparePasted(prob=prob), frames()
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.5, 40, 110)])
+def test_as_many_frames_get_something_pasted_in_as_are_asked_for(share, least, most):
+    prepare, batch = PreparePasted(share=share), frames()
     changed = sum(int((prepare(batch)[1] != batch["label"]).flatten(1).any(1).sum()) for _ in range(30))
     assert least <= changed <= most
 
 
 def test_pasting_leaves_the_batch_as_it_was():
     batch, again = frames(), frames()
-    PreparePasted(prob=1.0)(batch)
+    PreparePasted(share=1.0)(batch)
     assert torch.equal(batch["image"], again["image"])
     assert torch.equal(batch["label"], again["label"])
+
+
+def test_more_than_all_frames_are_refused():
+    with pytest.raises(SettingError, match=r"share of frames to paste into must lie in \[0, 1\], got 1.5"):
+        PreparePasted(share=1.5)
