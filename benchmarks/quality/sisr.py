@@ -44,7 +44,7 @@ BUNDLES: dict[str, tuple[str, list[str]]] = {
     "SRResNet": ("image_srgan_superres", ["fidelity.json"]),
     "SRGAN": ("image_srgan_superres", []),
     "FMEN": ("image_fmen_superres", []),
-    "SE-GAN": ("retina_segan_superres", []),
+    "SE-GAN": ("retina_segan_superres", ["segan.json"]),
 }
 """Bundle and overlays of each method; SRResNet is SRGAN before it met the discriminator."""
 TIMED = "baby"

@@ -28,8 +28,13 @@ TRAININGS = {
     ),
     "se_gan": (
         "retina_segan_superres",
-        ("train.json", "train_gan.json"),
+        ("train.json", "segan.json", "train_gan.json"),
         (*IMAGES, "features=8", "blocks=1", "reduction=4", "discriminator_def::features=8"),
+    ),
+    "frames": (
+        "endoscopy_segsrnet_segmentation",
+        ("train.json",),
+        ("encoder=resnet18", "width=4", "longest=48", "crop_size=[32,32]", "batch_size=2", "iterations=5"),
     ),
     "planes": (
         "mri_rehrseg_superres",
@@ -50,11 +55,18 @@ def data(
             phantom(folder / "images" / "head.nii.gz", 1)
             phantom(folder / "other.nii.gz", 1)
         else:
-            folder.mkdir()
+            labelled = name.endswith("segmentation")
+            images = folder / "images" if labelled else folder
+            images.mkdir(parents=True)
             for seed in range(3):
                 pixels = np.random.default_rng(seed).integers(0, 255, (40, 44, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{seed}.png")
-        if name.endswith("segmentation"):
+                Image.fromarray(pixels).save(images / f"{seed}.png")
+                if labelled:
+                    (folder / "labels").mkdir(exist_ok=True)
+                    Image.fromarray(np.uint8(pixels[..., 0] > 150) * 10).save(
+                        folder / "labels" / f"{seed}.png"
+                    )
+        if name == "mri_rehrseg_segmentation":
             phantom_mask(folder / "labels" / "head.nii.gz", 1)
         return folder
 

@@ -328,13 +328,14 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
         or not all(map(torch.is_tensor, state.values()))
     ):
         raise WeightsError(
-            f"{file.name}: made for another network; give the settings of its training, such as width, or its overlay"
+            f"{file.name}: made for another network; give the settings of its training, such as scale and width, or "
+            "its overlay"
         )
     wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
     if wrong:
         raise WeightsError(
             f"{file.name}: '{wrong[0]}' has shape {tuple(state[wrong[0]].shape)}, this network needs "
-            f"{tuple(wanted[wrong[0]].shape)}; give the settings of its training, such as width"
+            f"{tuple(wanted[wrong[0]].shape)}; give the settings of its training, such as scale and width"
         )
 
 

@@ -34,6 +34,7 @@ def make_bundle(folder: Path, name: str, *, weights: bool = True) -> None:
     }
     (root / "configs" / "metadata.json").write_text("{}")
     (root / "configs" / "inference.json").write_text(json.dumps(settings))
+    (root / "configs" / "segan.json").write_text("{}")
     if weights:
         network = kind(**sizes)
         for parameter in network.parameters():
