@@ -37,8 +37,6 @@ NATURAL, NATURAL_BUNDLE, NATURAL_SCALE = "FMEN of photographs", "image_fmen_supe
 """What a network for fundus photographs must beat, and the scale that it has weights for."""
 GENERATOR, GENERATOR_OVERLAY = "SE generator", "segan.json"
 """The network that the publication describes."""
-ADVERSARIAL = "network, GAN"
-"""The shipped weights at x4, trained on against a discriminator: the overlay ``gan.json``."""
 OVERLAYS: dict[int, list[str]] = {4: [], 8: ["x8.json"], 16: ["x16.json"]}
 ENLARGED = 1024
 VESSEL_WIDTHS = (1.0, 1.5, 2.0, 3.0)
@@ -55,7 +53,6 @@ that training did not see either. Photographs with more pixels than optical deta
 chosen on photographs 21 to 24 of DRIVE, which are neither trained on nor reported: the camera of DRIVE
 is new to the weights, not to the choices. `{natural}`, at x{scale}, is
 `{bundle}`, which has seen no fundus, and more photographs of other things than `network`.
-`{adversarial}` is the overlay `gan.json`: a GAN trades decibels for texture, and its PSNR does not rank it.
 
 The first pair of columns decides: red, green and blue inside the field of view.
 """
@@ -84,7 +81,6 @@ def main() -> None:
             generator=GENERATOR,
             overlay=GENERATOR_OVERLAY,
             natural=NATURAL,
-            adversarial=ADVERSARIAL,
             bundle=NATURAL_BUNDLE,
             scale=NATURAL_SCALE,
         )
@@ -135,7 +131,6 @@ def others(images: Path, scale: int) -> list[dict[str, Any]]:
     networks = {GENERATOR: shipped_by(BUNDLE, [*OVERLAYS[scale], GENERATOR_OVERLAY])}
     if scale == NATURAL_SCALE:
         networks[NATURAL] = shipped_by(NATURAL_BUNDLE, [])
-        networks[ADVERSARIAL] = shipped_by(BUNDLE, ["gan.json"])
     rows = ImageComparison(find_images(images), networks, scale=scale).run()
     return [row for row in rows if row["method"] in networks]
 

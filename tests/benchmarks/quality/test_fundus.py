@@ -19,7 +19,6 @@ def test_other_networks_add_their_own_rows_under_the_protocols_of_the_bundle(
     assert {(row["case"], row["group"], row["method"]) for row in found} == {
         ("drive-1", "drive", fundus.NATURAL),
         ("drive-1", "drive", fundus.GENERATOR),
-        ("drive-1", "drive", fundus.ADVERSARIAL),
     }
     assert {row["protocol"].split(":")[3] for row in found} == {"fov", "full"}
     assert all(row["psnr_db"] > 10 for row in found)
