@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.engines import PrepareBatch
-from monai.utils import CommonKeys
+from monai.engines.utils import default_prepare_batch
 from torch import Tensor
 
 from medsr.errors import SettingError
@@ -53,10 +53,7 @@ class PreparePair(PrepareBatch):
         **settings: Any,
     ) -> tuple[Tensor, Tensor, tuple[()], dict[str, str]]:
         """Return ``(inputs, targets, args, kwargs)`` as MONAI's trainers expect."""
-        image, label = (
-            batchdata[key].to(device=device, non_blocking=non_blocking, **settings)
-            for key in (CommonKeys.IMAGE, CommonKeys.LABEL)
-        )
+        image, label = default_prepare_batch(batchdata, device, non_blocking, **settings)
         return image, label, (), {"parallax": self.parallax}
 
 
@@ -104,10 +101,7 @@ class PreparePasted(PrepareBatch):
         **settings: Any,
     ) -> tuple[Tensor, Tensor]:
         """Return ``(inputs, targets)`` as MONAI's trainers expect."""
-        image, label = (
-            batchdata[key].to(device=device, non_blocking=non_blocking, **settings)
-            for key in (CommonKeys.IMAGE, CommonKeys.LABEL)
-        )
+        image, label = default_prepare_batch(batchdata, device, non_blocking, **settings)
         count = len(image)
         source = torch.as_tensor(self.random.integers(count, size=count), device=label.device)
         taken = torch.as_tensor(self.random.random(count) < self.share, device=label.device)

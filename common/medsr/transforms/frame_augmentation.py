@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from medsr.io.loading import LUMA
 from medsr.transforms.frame_labels import IGNORED
 
 __all__ = ["RandHueSaturationd", "RandRoundFieldd"]
+
+_COLOUR_DIFFERENCES = ((0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+"""I and Q of YIQ, by red, green and blue: a turn in their plane is a change of hue."""
 
 
 class RandHueSaturationd(RandomizableTransform, MapTransform):
@@ -69,20 +73,10 @@ class RandHueSaturationd(RandomizableTransform, MapTransform):
 
 def _hue_matrix(degrees: float, saturation: float) -> Tensor:
     """The map of colours that keeps brightness and grey, and turns and scales all else."""
-    luma = torch.tensor(LUMA, dtype=torch.float64)
-    # Two differences of colour, as in YIQ, where a turn is a change of hue.
-    basis = torch.stack(
-        [
-            luma,
-            torch.tensor([0.595716, -0.274453, -0.321263], dtype=torch.float64),
-            torch.tensor([0.211456, -0.522591, 0.311135], dtype=torch.float64),
-        ]
-    )
+    basis = torch.tensor([LUMA, *_COLOUR_DIFFERENCES], dtype=torch.float64)
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = torch.eye(3, dtype=torch.float64)
-    radians = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
-    turn[1:, 1:] = saturation * torch.stack(
-        [torch.stack([radians.cos(), -radians.sin()]), torch.stack([radians.sin(), radians.cos()])]
-    )
+    turn[1:, 1:] = saturation * torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
     return torch.linalg.solve(basis, turn @ basis)
 
 
