@@ -23,7 +23,7 @@ from medsr.errors import SettingError
 from medsr.handlers.training import BudgetSchedule, GradientGuard
 from medsr.losses.uncertainty import UncertaintyAwareLoss
 from medsr.metrics.volume import head_mask
-from medsr.settings import as_number, as_whole
+from medsr.settings import as_number, as_whole, as_whole_list
 from medsr.transforms.orientation import RandSharpAxisLastd
 
 __all__ = ["PrepareThickPlanes", "SelfTraining"]
@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 
 _MOST = 100_000
 """Iterations that no budget of minutes reaches."""
+
+_BLOCKS = {False: (4, (48, 8)), True: (32, (48, 1))}
+"""How many blocks of what size, for networks of planes or not: planes beside each other are alike, and teach less."""
 
 
 class PrepareThickPlanes(PrepareThickSlices):
@@ -74,8 +77,8 @@ class SelfTraining:
         minutes: budget of wall time; None for no limit.
         iterations: budget of iterations; None for as many as the minutes allow.
         learning_rate: highest rate of the one-cycle schedule.
-        batch_size: blocks per iteration.
-        block_size: ``(H, W)`` of a block.
+        batch_size: blocks per iteration; default 32 for networks that take planes, else 4.
+        block_size: ``(H, W)`` of a block; default ``(48, 1)`` for networks that take planes, else ``(48, 8)``.
         noise: see :class:`~medsr.engines.prepare_batch.PrepareThickSlices`.
         average_momentum: of the exponential moving average.
         seed: seed of the draws.
@@ -91,8 +94,8 @@ class SelfTraining:
         iterations: int | None = None,
         learning_rate: float = 2e-3,
         *,
-        batch_size: int = 4,
-        block_size: Sequence[int] = (48, 8),
+        batch_size: int | None = None,
+        block_size: Sequence[int] | None = None,
         noise: float = 0.005,
         average_momentum: float = 0.01,
         seed: int = 0,
@@ -102,7 +105,8 @@ class SelfTraining:
         if iterations is not None:
             iterations = as_whole("iterations", iterations, at_least=1)
         self.minutes, self.iterations, self.learning_rate = minutes, iterations, float(learning_rate)
-        self.batch_size, self.block_size = int(batch_size), tuple(block_size)
+        self.batch_size = None if batch_size is None else as_whole("batch_size", batch_size, at_least=1)
+        self.block_size = None if block_size is None else as_whole_list("block_size", block_size, 1)
         self.noise, self.average_momentum, self.seed = float(noise), float(average_momentum), int(seed)
         self.done: dict[str, float] = {}
         self.warnings: list[str] = []
@@ -162,10 +166,12 @@ class SelfTraining:
         sharp = [axis for axis in image.meta.get("sharp_axes", (0, 1)) if axis < 2 or not planes]
         image = MetaTensor(image.as_tensor(), meta={"sharp_axes": tuple(sharp)})
         item = {"image": image, "foreground": torch.as_tensor(head_mask(image[0]))}
-        cut = RandSharpAxisLastd("image", (*self.block_size, length), shuffle=not planes)
+        count, size = _BLOCKS[planes]
+        count, size = self.batch_size or count, self.block_size or size
+        cut = RandSharpAxisLastd("image", (*size, length), shuffle=not planes)
         # The loader seeds the transforms that it knows, and this one hides behind another.
         cut.set_random_state(self.seed)
-        data = Dataset([item] * (self.batch_size * iterations), _Cut(cut))
+        data = Dataset([item] * (count * iterations), _Cut(cut))
         optimizer = torch.optim.Adam(network.parameters(), self.learning_rate, betas=(0.9, 0.99))
         prepare = (PrepareThickPlanes if planes else PrepareThickSlices)(
             (ratio, ratio),
@@ -181,7 +187,7 @@ class SelfTraining:
         trainer = SupervisedTrainer(
             device=device,
             max_epochs=1,
-            train_data_loader=DataLoader(data, batch_size=self.batch_size),
+            train_data_loader=DataLoader(data, batch_size=count),
             network=network,
             optimizer=optimizer,
             loss_function=UncertaintyAwareLoss(uncertainty=bool(getattr(network, "branches", 0))),
