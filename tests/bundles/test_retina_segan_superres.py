@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -85,6 +86,40 @@ def test_from_sharp_images_to_enlarged_ones(medsr, sharp, tmp_path, scale):
         assert facts["output_size"] == [48 * scale, 56 * scale]
         assert facts["members"] == 8
         assert ("notice" in facts) == (scale >= 8)
+
+
+def test_a_file_of_vgg19_weights_adds_the_feature_term_and_is_checked(medsr, sharp, tmp_path):
+    file = tmp_path / "vgg19.pth"
+    blocks = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
+    state, channels, place = {}, 3, 0
+    for width, convolutions in blocks:
+        for _ in range(convolutions):
+            # Constants that need no space.
+            state[f"features.{place}.weight"] = torch.full((1,), 1 / (9 * channels)).expand(
+                width, channels, 3, 3
+            )
+            state[f"features.{place}.bias"] = torch.zeros(1).expand(width)
+            channels, place = width, place + 2
+        place += 1
+    torch.save(state, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    settings = (*TRAINING, "iterations=1", f"vgg19_weights={file}")
+
+    status, lines = medsr(sharp, out=tmp_path / "none", config=("train.json",), settings=settings)
+    assert status == 4
+    assert "needs the sha256 of its file" in lines[-1]
+    wrong = (*settings, f"vgg19_sha256={'0' * 64}")
+    status, lines = medsr(sharp, out=tmp_path / "none", config=("train.json",), settings=wrong)
+    assert status == 3
+    assert f"vgg19.pth: its SHA-256 is {digest}, not 000" in lines[-1]
+
+    out = tmp_path / "trained"
+    right = (*settings, f"vgg19_sha256={digest}")
+    assert medsr(sharp, out=out, config=("train.json",), settings=right) == (0, [])
+    record = json.loads((out / "train_record.json").read_text())
+    assert record["settings"]["loss"]["feature_weight"] == 1.0
+    assert record["settings"]["loss"]["sha256"] == digest
+    assert "feature" in record["history"][0]
 
 
 def test_the_table_has_interpolation_and_networks(medsr, sharp, tmp_path):

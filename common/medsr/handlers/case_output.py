@@ -36,6 +36,9 @@ __all__ = ["CaseOutput", "RunReport", "segmented_volume_facts", "volume_facts", 
 
 _log = logging.getLogger(__name__)
 
+_NAMED = 3
+"""Differences that a message names: one that lists all settings of another bundle tells less."""
+
 
 def write_volume(path: Path, image: Any, item: Mapping[str, Any]) -> None:
     """Write a ``MetaTensor`` ``(C, X, Y, Z)`` as NIfTI; channels become the fourth axis, one channel none."""
@@ -306,9 +309,11 @@ class RunReport:
             if key in before or key not in self._named
         ]
         if changed:
+            named = "; ".join(changed[:_NAMED])
+            if len(changed) > _NAMED:
+                named += f" and {len(changed) - _NAMED} other differences"
             raise OutputError(
-                f"{case}: is there already, made with {'; '.join(changed)}; choose another output folder or set "
-                "overwrite to true"
+                f"{case}: is there already, made with {named}; choose another output folder or set overwrite to true"
             )
 
     def _conditions(self) -> dict[str, Any]:

@@ -593,6 +593,17 @@ def test_results_of_other_settings_or_weights_are_not_taken_for_these(tmp_path):
     assert RunReport(tmp_path, {"width": 0.5}, output=output).pending(items[1:]) == items[1:]
 
 
+def test_results_of_another_bundle_are_refused_in_a_short_line(tmp_path):
+    run_of(tmp_path, "a")
+    other = {"width": 0.5, **{f"setting_{k}": k for k in range(20)}}
+    report = RunReport(tmp_path, other, output=CaseOutput(tmp_path))
+    with pytest.raises(
+        OutputError, match=r"made with [^;]*; [^;]*; [^;]* and 1[89] other differences;"
+    ) as error:
+        report.pending([{"case": "a"}])
+    assert len(str(error.value)) < 250
+
+
 def test_a_layout_of_folders_and_what_is_left_to_do(tmp_path):
     output = CaseOutput(
         tmp_path / "pseudo",
