@@ -2,13 +2,13 @@
 
     python -m benchmarks.quality.instrument_folder OUTPUT [--data FOLDER]
 
-``all/`` holds frames of four scenes for the binary task, ``parts/`` those of EndoVis 2017 alone. What stands before the
+``all/`` holds frames of five scenes for the binary task, ``parts/`` those of EndoVis 2017 alone. What stands before the
 hyphen of a name is the source, which is one video of one patient, and which a split leaves out as a whole. Masks of
 EndoVis 2017 and CholecSeg8k are those of their authors. Cholec80 and the da Vinci scenes come without; their
-instruments were outlined by hand for this project, by nobody who operates, in ``instrument_outlines.json``. Masks keep
-the grey values of their source where they show an instrument, so that one label map, ``LABEL_MAP``, reads them all. All
-else is 0, and 255 where nobody labelled: the border of one pixel in CholecSeg8k. The black around its circular image
-is background.
+instruments were outlined by hand for this project, by nobody who operates, in ``instrument_outlines.json``. SCARED
+shows tissue and no instrument: its masks are empty. Masks keep the grey values of their source where they show an
+instrument, so that one label map, ``LABEL_MAP``, reads them all. All else is 0, and 255 where nobody labelled: the
+border of one pixel in CholecSeg8k. The black around its circular image is background.
 
 Frames are 512 to 640 pixels wide. Those of EndoVis 2017 are interlaced: they lose every second row, their border,
 and half of their pixels, which leaves them sharp along both axes.
@@ -95,6 +95,17 @@ def write_cholecseg8k(data: Path, output: Path) -> int:
     return len(paths)
 
 
+def write_tissue(data: Path, output: Path) -> int:
+    """Write both views of SCARED, in which there is no instrument, and return how many there are."""
+    paths = sorted((data / "stereo_endo" / "scared_d1k1").glob("*.png"))
+    resize = ResizeFramed("image", longest=WIDTH)
+    for path in paths:
+        item = resize(LoadImageFiled("image")({"image": path}))
+        nothing = torch.zeros(1, *item["image"].shape[1:], dtype=torch.uint8)
+        write_frame({**item, "label": nothing}, output, f"scared-{path.stem}")
+    return len(paths)
+
+
 def write_outlined(data: Path, output: Path) -> int:
     """Write the frames that were outlined by hand, and return how many there are."""
     frames = json.loads(OUTLINES.read_text(encoding="utf-8"))
@@ -107,7 +118,7 @@ def write_outlined(data: Path, output: Path) -> int:
     return len(frames)
 
 
-SOURCES = (write_endovis17, write_cholecseg8k, write_outlined)
+SOURCES = (write_endovis17, write_cholecseg8k, write_outlined, write_tissue)
 """What writes the frames of ``all/``."""
 
 

@@ -41,6 +41,9 @@ SHIPPED = {4: "models/model.pt", 2: "models/x2/model.pt"}
 CHOSEN_ON = ("cholec80", "davinci")
 """Sources on which the augmentation was chosen: they are trained on, and not reported."""
 
+WITHOUT = ("scared",)
+"""Sources that show no instrument: they are trained on, and there is no Dice of them."""
+
 LEARNT_FROM = ("endovis17",)
 """Sources of which frames are in the training of the super-resolution: ``benchmarks/quality/stereo_folder.py``."""
 
@@ -51,10 +54,11 @@ HEAD = """# Results on instruments
 
 Written by `{command}`. Binary: instrument or not. In each group of rows
 the frames of one source are segmented by networks that were trained without it, for {minutes:g} minutes each: other
-instruments, another animal or patient, in part another camera. Four scenes with 24 frames are all there is: this shows
-what transfers, and nothing clinical. Augmentation and size were chosen on two of the scenes, {chosen_on}, which are
-trained on, were outlined by hand for this project (`benchmarks/quality/instrument_outlines.json`), and are not
-reported. CholecSeg8k and Cholec80 are one kind of operation and camera, from other patients as far as the frames tell.
+instruments, another animal or patient, in part another camera. Four scenes with 24 frames, and two frames of {without}
+without instruments, are all there is: this shows what transfers, and nothing clinical. Augmentation and sizes were
+chosen on two of the scenes, {chosen_on}, which are trained on, were outlined by hand for this project
+(`benchmarks/quality/instrument_outlines.json`), and are not reported. CholecSeg8k and Cholec80 are one kind of
+operation and camera, from other patients as far as the frames tell.
 Both networks start from random weights, with one schedule, rate and loss; FlexibleUNet has the encoder EfficientNet-b0.
 
 Protocol: {protocol}. IoU and Dice are means and standard deviations over the frames.
@@ -62,7 +66,7 @@ Protocol: {protocol}. IoU and Dice are means and standard deviations over the fr
 
 STUDY = """Each frame was made small ({degradation}), restored, and segmented; `sharp` is the frame itself. `closed`
 is the share of the loss in Dice from sharp to bicubic that super-resolution brings back; it says nothing where bicubic
-loses less than the scatter of the frames. The networks see all of them at the size of the bundle's `longest`, half of
+loses less than the scatter of the frames. The networks see all of them at the `sizes` of the bundle, at most half of
 the frame's: what x2 restores is mostly lost again. `StereoFMEN` is the default network of `{superres}`;
 it learnt from the frames of {learnt_from}, among many others: its rows there are too good, and `closed` is left out.
 """
@@ -97,7 +101,7 @@ def main() -> None:
         "iterations": ENOUGH,
     }
     sources = sorted({group_of(item["case"]) for item in find_labelled_frames(folder)})
-    groups = arguments.groups or [source for source in sources if source not in CHOSEN_ON]
+    groups = arguments.groups or [one for one in sources if one not in (*CHOSEN_ON, *WITHOUT)]
     rows, own, runs = [], [], []
     for group in groups:
         for network in NETWORKS:
@@ -146,7 +150,7 @@ def segmented(output: Path, group: str, network: str, scales: Sequence[int]) -> 
 
 def on_own_frames(output: Path, group: str, network: str, sources: Sequence[str]) -> list[dict[str, Any]]:
     """Segment the sharp frames that a network was trained on, all but those of a group, and return the rows."""
-    own = [source for source in sources if source != group]
+    own = [source for source in sources if source not in (group, *WITHOUT)]
     return _scored(output, group, network, step="own", settings={"groups": own})
 
 
@@ -176,7 +180,11 @@ def page(
 ) -> str:
     """The page in Markdown."""
     head = HEAD.format(
-        command=command, minutes=minutes, protocol=FRAME_PROTOCOL, chosen_on=" and ".join(CHOSEN_ON)
+        command=command,
+        minutes=minutes,
+        protocol=FRAME_PROTOCOL,
+        chosen_on=" and ".join(CHOSEN_ON),
+        without=" and ".join(WITHOUT),
     )
     parts = [head, frame_table(at_scale(rows, 1)), ""]
     for scale in sorted({row["scale"] for row in rows} - {1}):

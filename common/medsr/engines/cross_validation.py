@@ -20,7 +20,7 @@ from medsr.io.writing import probe_folder, write_json
 from medsr.metrics.frames import over_folds, summary
 from medsr.settings import as_whole
 
-__all__ = ["CrossValidation", "frame_items", "group_folds"]
+__all__ = ["CrossValidation", "frame_items", "group_folds", "group_weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +67,23 @@ def frame_items(
         raise SettingError(f"labels must be the name of a folder, got {labels!r}")
     items = [item for folder in folders for item in find_labelled_frames(folder, labels=labels)]
     return frames_of_groups(items, leave_out, groups=groups)
+
+
+def group_weights(items: Sequence[Mapping[str, str]]) -> list[float]:
+    """How often to draw each item so that all groups are drawn alike, for a ``WeightedRandomSampler``.
+
+    Frames of one video are nearly the same: a video with many of them should not be most of what a network sees.
+
+    Args:
+        items: with the key ``case``, see :func:`frame_items`.
+
+    Example:
+        >>> group_weights([{"case": name} for name in ("a-1", "a-2", "b-1")])
+        [0.5, 0.5, 1.0]
+    """
+    groups = [group_of(item["case"]) for item in items]
+    sizes = Counter(groups)
+    return [1 / sizes[group] for group in groups]
 
 
 def group_folds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, Protocol
 
@@ -10,9 +11,9 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medsr.errors import DataError, MedsrError
+from medsr.errors import DataError, MedsrError, SettingError
 from medsr.inferers.precision import checked_precision, choose_precision
-from medsr.settings import as_flag, as_whole
+from medsr.settings import as_flag, as_number, as_whole
 from medsr.transforms.bicubic import bicubic_resize
 from medsr.transforms.frame_labels import reduced_size
 
@@ -44,13 +45,16 @@ class FrameSegmentationInferer(Inferer):
     A network knows instruments at the size that they had in training: ``longest`` brings every frame to that scale,
     by antialiased bicubic resizing, and the probabilities back to the pixels of the frame, linearly, so that they
     still add up to one. What is missing to the network's ``size_multiple`` is filled with the last row and column.
+    How large an instrument is in the frame depends on how near it is: with several ``sizes`` the frame is seen at each,
+    and the probabilities are averaged.
 
     ``monai.inferers.SimpleInferer`` was considered: it does neither. ``monai.inferers.SlidingWindowInferer`` shows a
     network with pyramid pooling windows where it expects the whole frame.
 
     One logit (background or not) becomes two probabilities, so that the class of largest probability is the mask in
     every task. ``facts`` holds what the report needs about the last batch: ``network_size`` (rows, columns) that the
-    network saw, ``padding`` (below, on the right) beside these, ``mirror``, ``precision`` and ``warnings``.
+    network saw, at the largest of the ``sizes``, ``padding`` (below, on the right) beside these, ``sizes``, ``mirror``,
+    ``precision`` and ``warnings``.
 
     Args:
         mirror: also run the frame flipped along each axis and along both, and average the four probabilities, at
@@ -58,6 +62,7 @@ class FrameSegmentationInferer(Inferer):
         amp: ``auto``, ``float32`` or ``bfloat16``, see :func:`medsr.inferers.precision.choose_precision`; networks
             that are not ``half_precision_safe`` run in float32.
         longest: longer side at which the network sees a frame, in pixels; None leaves frames as they are.
+        sizes: shares of that size at which it sees the frame, in turn.
 
     Shape:
         ``(B, C, H, W)``, C = 1 or 3, intensities in [0, 1], to ``(B, K, H, W)``, float32, with K >= 2, the background
@@ -80,8 +85,19 @@ class FrameSegmentationInferer(Inferer):
         ([48, 64], [16, 0])
     """
 
-    def __init__(self, *, mirror: bool = False, amp: str = "auto", longest: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        mirror: bool = False,
+        amp: str = "auto",
+        longest: int | None = None,
+        sizes: Sequence[float] = (1.0,),
+    ) -> None:
         super().__init__()
+        if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
+            raise SettingError(f"sizes must be a list of numbers > 0, got {sizes!r}")
+        # The largest first: it is the one that the facts are about.
+        self.sizes = sorted((as_number("sizes", share, above=0) for share in sizes), reverse=True)
         self.amp = checked_precision(amp)
         self.mirror = as_flag("mirror", mirror)
         self.longest = None if longest is None else as_whole("longest", longest, 1)
@@ -102,32 +118,39 @@ class FrameSegmentationInferer(Inferer):
         if image.shape[1] < network.in_channels:
             image = image.expand(-1, network.in_channels, -1, -1)
             warnings.append("grey frame, network for colour: it was given as equal channels")
-        before, size = tuple(image.shape[-2:]), self._size(image)
-        if size != before:
-            image = bicubic_resize(image, size).clamp(0, 1)
-        padding = [-length % network.size_multiple for length in size]
-        padded = F.pad(image, (0, padding[1], 0, padding[0]), mode="replicate")
+        sizes = [self._size(image, share) for share in self.sizes]
+        padding = [[-length % network.size_multiple for length in size] for size in sizes]
         with torch.no_grad():
-            dtype = self._precision(padded, network, warnings)
-            found = self._averaged(padded, network, dtype)[..., : size[0], : size[1]]
-            if size != before:
-                found = F.interpolate(found, before, mode="bilinear", align_corners=False, antialias=True)
+            dtype: torch.dtype | None = None
+            found = image.new_zeros(())
+            for size, pads in zip(sizes, padding, strict=True):
+                seen = _resized(image, size, pads)
+                if dtype is None:
+                    dtype = self._precision(seen, network, warnings)
+                one = self._averaged(seen, network, dtype)[..., : size[0], : size[1]]
+                if size != tuple(image.shape[-2:]):
+                    one = F.interpolate(
+                        one, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True
+                    )
+                found = found + one / len(sizes)
         self.facts = {
-            "network_size": list(size),
-            "padding": padding,
+            "network_size": list(sizes[0]),
+            "padding": padding[0],
+            "sizes": list(self.sizes),
             "mirror": self.mirror,
             "precision": str(dtype).removeprefix("torch."),
             "warnings": warnings,
         }
         return found
 
-    def _size(self, image: Tensor) -> tuple[int, int]:
+    def _size(self, image: Tensor, share: float) -> tuple[int, int]:
         """Rows and columns that the network sees."""
         height, width = image.shape[-2:]
-        if self.longest is None:
+        longest = max(height, width)
+        if self.longest is None and share == 1:
             return height, width
         # The scale that ResizeFramed gives a frame in training.
-        return reduced_size(height, width, max(height, width) / self.longest)
+        return reduced_size(height, width, longest / ((self.longest or longest) * share))
 
     def _precision(self, image: Tensor, network: _Network, warnings: list[str]) -> torch.dtype:
         if self.amp != "float32" and not network.half_precision_safe:
@@ -147,6 +170,13 @@ class FrameSegmentationInferer(Inferer):
                 found += _probabilities(image.flip(axes), network, dtype).flip(axes)
             found /= 1 + len(_MIRRORED)
         return found
+
+
+def _resized(image: Tensor, size: tuple[int, int], padding: Sequence[int]) -> Tensor:
+    """The frame as the network sees it: rows below and columns on the right are repeated."""
+    if size != tuple(image.shape[-2:]):
+        image = bicubic_resize(image, size).clamp(0, 1)
+    return F.pad(image, (0, padding[1], 0, padding[0]), mode="replicate")
 
 
 def _probabilities(image: Tensor, network: _Network, dtype: torch.dtype) -> Tensor:

@@ -100,6 +100,30 @@ def test_masks_stay_where_they_are_when_the_scale_changes():
         assert (places[0] - places[1]).abs().max() < 0.2, longest
 
 
+def test_several_sizes_are_averaged():
+    network, image = linknet(), frame(90, 128)
+    alone = [inferer(longest=longest)(image, network) for longest in (64, 96)]
+    infer = inferer(longest=96, sizes=[2 / 3, 1.0])
+    found = infer(image, network)
+    assert (alone[0] - alone[1]).abs().max() > 1e-4
+    assert torch.allclose(found, (alone[0] + alone[1]) / 2, atol=1e-6)
+    assert infer.facts["network_size"] == [68, 96]
+    assert infer.facts["sizes"] == [1.0, 2 / 3]
+
+
+def test_without_a_longest_side_sizes_are_shares_of_the_frame():
+    network, image = Colour(), frame(64, 96)
+    inferer(sizes=[0.5, 1.0])(image, network)
+    assert torch.equal(network.seen[0], image)
+    assert network.seen[1].shape == (1, 3, 32, 64)  # 32 x 48, filled to a multiple of 32
+
+
+@pytest.mark.parametrize("sizes", [[], [0.0, 1.0], [1.0, -0.5], 0.5, "1.0", [True], [float("nan")]])
+def test_sizes_that_are_none_are_refused(sizes):
+    with pytest.raises(SettingError, match="sizes must be"):
+        inferer(sizes=sizes)
+
+
 def test_mirror_averages_over_the_flips():
     network, image = linknet(), frame(64, 64)
     once, infer = inferer()(image, network), inferer(mirror=True)
