@@ -121,13 +121,11 @@ class FrameSegmentationInferer(Inferer):
         sizes = [self._size(image, share) for share in self.sizes]
         padding = [[-length % network.size_multiple for length in size] for size in sizes]
         with torch.no_grad():
-            dtype: torch.dtype | None = None
+            views = [_resized(image, size, pads) for size, pads in zip(sizes, padding, strict=True)]
+            dtype = self._precision(views[0], network, warnings)
             found = image.new_zeros(())
-            for size, pads in zip(sizes, padding, strict=True):
-                seen = _resized(image, size, pads)
-                if dtype is None:
-                    dtype = self._precision(seen, network, warnings)
-                one = self._averaged(seen, network, dtype)[..., : size[0], : size[1]]
+            for size, view in zip(sizes, views, strict=True):
+                one = self._averaged(view, network, dtype)[..., : size[0], : size[1]]
                 if size != tuple(image.shape[-2:]):
                     one = F.interpolate(
                         one, image.shape[-2:], mode="bilinear", align_corners=False, antialias=True
@@ -147,8 +145,6 @@ class FrameSegmentationInferer(Inferer):
         """Rows and columns that the network sees."""
         height, width = image.shape[-2:]
         longest = max(height, width)
-        if self.longest is None and share == 1:
-            return height, width
         # The scale that ResizeFramed gives a frame in training.
         return reduced_size(height, width, longest / ((self.longest or longest) * share))
 
