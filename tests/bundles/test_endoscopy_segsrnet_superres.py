@@ -115,6 +115,27 @@ def test_from_sharp_pairs_to_enlarged_ones(medsr, sharp, tmp_path, scale):
     assert not cases["pig-1"]["warnings"]
 
 
+def test_an_ensemble_writes_an_uncertainty_for_each_view(medsr, sharp, weights, tmp_path):
+    settings, plain, out = (*NETWORK, *QUIET, f"weights={weights()}"), tmp_path / "plain", tmp_path / "out"
+    assert medsr(sharp, out=plain, settings=settings) == (0, [])
+    assert medsr(sharp, out=out, settings=(*settings, "ensemble=true")) == (0, [])
+    facts = report_of(out)["cases"]["pig-1"]
+    assert facts["members"] == 4
+    for side in ("left", "right"):
+        assert f"pig-1_{side}_uncertainty.png" in facts["files"]
+        with Image.open(out / f"pig-1_{side}_uncertainty.png") as image:
+            unsure = np.asarray(image) / 65535
+        assert unsure.shape == (192, 352)
+        assert 0 < unsure.mean() < 0.2
+        one, mean = (
+            np.asarray(Image.open(folder / f"pig-1_{side}_superres.png"), float) / 255
+            for folder in (plain, out)
+        )
+        # A member is nowhere further from the mean of four than three deviations (plus rounding).
+        assert 0 < np.abs(one - mean).mean(-1).max() <= 3 * unsure.max() + 2 / 255
+    assert report_of(out)["settings"]["ensemble"] is True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [4, 2])
 def test_the_network_as_segsrnet_describes_it_runs_by_overlay(medsr, sharp, tmp_path, scale):

@@ -35,16 +35,16 @@ def superres_pair_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> F
     The anaglyph has the left view in red and the right one in cyan: where rows do not match, edges have coloured
     fringes above and below. The detail is the one with the most edges in the left view; that of the right view is
     moved by the median disparity of the pair, if it is known, and has the same rows, so that a thin line runs through
-    the same points of both.
+    the same points of both. Where an uncertainty is known, it is shown beside, in one scale for both views.
 
     Args:
-        item: ``image`` of the input and ``pred``, pairs in [0, 1]; ``case``. ``disparity_px`` in the metadata of the
-            input, see :class:`~medsr.transforms.stereo.AlignRowsd`, is used.
+        item: ``image`` of the input and ``pred``, pairs in [0, 1]; ``uncertainty`` of both views, if known; ``case``.
+            ``disparity_px`` in the metadata of the input, see :class:`~medsr.transforms.stereo.AlignRowsd`, is used.
         facts: what the inferer says; ``data_consistency_db`` is printed.
 
     Shape:
         - image: ``(2C, H, W)``, left before right, C = 1 or 3
-        - pred: ``(2C, s H, s W)``
+        - pred: ``(2C, s H, s W)``, uncertainty: ``(2, s H, s W)``
 
     Raises:
         DataError: if the result is not the input times a whole number, or is no pair.
@@ -67,9 +67,9 @@ def superres_pair_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> F
     columns = (column, min(max(0, column - round(scale * disparity)), width - side))
     step = max(1, -(-max(height, width) // LARGEST))
 
-    panel, tall = WIDTH_IN / 3, panel_shape(height, width)
+    wide, tall = WIDTH_IN / 3, panel_shape(height, width)
     figure = Figure(
-        figsize=(WIDTH_IN, panel * (tall + 2) + 1.0),
+        figsize=(WIDTH_IN, wide * (tall + 2) + 1.0),
         dpi=DPI,
         facecolor="white",
         layout="constrained",
@@ -82,20 +82,31 @@ def superres_pair_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> F
     for axis, values, name in zip(axes[0], [*whole, _anaglyph(*whole)], names, strict=True):
         show(axis, values)
         axis.set_title(name, fontsize=9)
-    for number, view in enumerate(("left", "right")):
-        axes[0, number].add_patch(frame(*(v / step for v in (columns[number], row, side, side))))
-        shown = view_at(
+    unsure = plain(item["uncertainty"]) if "uncertainty" in item else None
+    details = [
+        view_at(
             lows[number],
             highs[number],
             rows=slice(row, row + side),
             columns=slice(columns[number], columns[number] + side),
-            unsure=None,
+            unsure=None if unsure is None else unsure[number][None],
         )
-        names = (f"{view}, input", "bicubic", f"result x{scale}")
-        for axis, values, name in zip(axes[1 + number], shown, names, strict=False):
-            show(axis, values)
+        for number in range(2)
+    ]
+    # Three panels are all that a row has room for: the interpolation makes way for the uncertainty.
+    panels = (0, 1, 2) if unsure is None else (0, 2, 3)
+    top = max(*(float(view[-1].max()) for view in details), 1 / 255)
+    drawn = None
+    for number, view in enumerate(("left", "right")):
+        axes[0, number].add_patch(frame(*(v / step for v in (columns[number], row, side, side))))
+        names = (f"{view}, input", "bicubic", f"result x{scale}", "uncertainty")
+        for axis, panel in zip(axes[1 + number], panels, strict=True):
+            drawn = show(axis, details[number][panel], top=top if panel == 3 else None)
             axis.axhline(side / 2, color="#56B4E9", linewidth=0.5)
-            axis.set_title(name, fontsize=8)
+            axis.set_title(names[panel], fontsize=8)
+    if unsure is not None:
+        bar = figure.colorbar(drawn, ax=axes[2, -1], orientation="horizontal", fraction=0.05, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
     figure.suptitle(f"{item['case']}: {low.shape[2]} x {low.shape[1]} to {width} x {height}", fontsize=10)
     figure.supxlabel(footer(facts), fontsize=7, color="#555555")
     return figure

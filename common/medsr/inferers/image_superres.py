@@ -11,7 +11,7 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from medsr.errors import DataError
-from medsr.inferers.dihedral import DihedralEnsemble
+from medsr.inferers.self_ensemble import SelfEnsemble
 from medsr.inferers.tiles import TileInferer
 from medsr.settings import as_flag, as_whole
 from medsr.transforms.bicubic import bicubic_bands
@@ -79,7 +79,7 @@ class ImageSuperResInferer(Inferer):
         self.back_projection = as_whole("back_projection", back_projection, 0)
         self.ensemble = as_flag("ensemble", ensemble)
         tile_inferer = TileInferer(**tiles)
-        self.inferer = DihedralEnsemble(tile_inferer) if self.ensemble else tile_inferer
+        self.inferer = SelfEnsemble(tile_inferer, views=self.views) if self.ensemble else tile_inferer
         self._last = threading.local()
         self.facts: dict[str, Any] = {}
 
@@ -120,7 +120,7 @@ class ImageSuperResInferer(Inferer):
         channels, (height, width) = image.shape[1], (network.scale * n for n in _size(image))
         # Grey views run as equal channels, whose mean is taken.
         image = image[:, :, None].expand(-1, -1, network.in_channels // channels, -1, -1).flatten(1, 2)
-        if isinstance(self.inferer, DihedralEnsemble):
+        if isinstance(self.inferer, SelfEnsemble):
             return _averaged(self.inferer(image, network), channels)
         dtype = torch.float32 if height * width <= LARGEST_FLOAT32 else torch.float16
         result = torch.empty(1, channels, height, width, dtype=dtype)
@@ -134,7 +134,7 @@ class ImageSuperResInferer(Inferer):
 
     @property
     def uncertainty(self) -> Tensor | None:
-        """Disagreement of the ensemble for this thread's last image, ``(1, 1, s * H, s * W)``; None without one."""
+        """Disagreement of the ensemble for this thread's last image, ``(1, views, s * H, s * W)``; None without one."""
         return getattr(self._last, "uncertainty", None)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from medsr.errors import SettingError
 from medsr.inferers.image_superres import ImageSuperResInferer, decibels
 
 __all__ = ["StereoSuperResInferer"]
@@ -20,9 +19,9 @@ class StereoSuperResInferer(ImageSuperResInferer):
     is too large to be run at once runs in bands of whole rows, with the same result, see
     :class:`~medsr.inferers.tiles.TileInferer`: each pixel sees its whole row in the other view.
 
-    There is no ensemble: a pair that is turned, or mirrored without swapping the views, is no pair.
-
     Args:
+        ensemble: average over the four symmetries of a pair, at four times the time: both views upside down, or
+            mirrored, where they change places. Turned by a quarter, a pair is none.
         back_projection: number of back-projection steps.
         **tiles: settings of :class:`~medsr.inferers.tiles.TileInferer`.
 
@@ -44,11 +43,6 @@ class StereoSuperResInferer(ImageSuperResInferer):
     """
 
     views = 2
-
-    def __init__(self, *, back_projection: int = 0, **tiles: Any) -> None:
-        if "ensemble" in tiles:
-            raise SettingError("there is no ensemble of pairs: a pair that is turned is no pair")
-        super().__init__(back_projection=back_projection, **tiles)
 
     def _consistency(self, difference: Tensor) -> dict[str, Any]:
         left, right = difference.chunk(2, 1)

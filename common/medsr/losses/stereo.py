@@ -16,13 +16,14 @@ __all__ = ["StereoLoss"]
 
 
 class StereoLoss(nn.Module):
-    """L1 + 0.1 (consistency + photometric + smoothness + cycle), with settable weights.
+    """L1 + 0.1 (consistency + photometric + smoothness + cycle), with settable weights, and a squared error on demand.
 
     The maps M of the parallax attention say which pixels of the other view a pixel is made of. They have no truth of
     their own; what they carry over must fit instead. Intensities of the two cameras differ, so what is compared is
     not the views, but how much the bicubic enlargement misses in each, X = shrunk(|truth - enlarged(low)|):
 
     - ``l1``: each view is like its truth;
+    - ``mse``: the same by its squared error, which is what PSNR measures; not in the published loss;
     - ``consistency``: the errors that are left, E = shrunk(|truth - result|), agree between the views. The maps
       are held fast here: only the result may give way;
     - ``photometric``: X of the other view, carried over, is X of this one;
@@ -33,23 +34,25 @@ class StereoLoss(nn.Module):
     over all pixels, and the terms of left and right are added. ``last_terms`` holds the value of every term after a
     call, as it enters the sum; a term whose weight is 0 is left out.
 
-    All but L1 need the attention maps: call the network with ``parallax="maps"``. A map has ``4 B H W ** 2`` bytes,
-    so crops should be wide enough for the disparities and no wider. MONAI has no loss for pairs.
+    All but the first two need the attention maps: call the network with ``parallax="maps"``. A map has
+    ``4 B H W ** 2`` bytes, so crops should be as wide as the disparities ask for and no wider. MONAI has no such loss.
 
     Args:
         l1_weight: weight of the mean absolute error.
+        mse_weight: weight of the mean squared error; that of a trained network is about a tenth of the absolute one.
         consistency_weight: weight of the consistency term.
         photometric_weight: weight of the photometric term.
         smoothness_weight: weight of the smoothness term.
         cycle_weight: weight of the cycle term.
-        sr_only: leave out all terms but L1; then a result without maps will do.
+        sr_only: leave out the terms of the matching; then a result without maps will do.
 
     Shape:
-        - pred: :class:`~medsr.networks.parallax.StereoPrediction`, or the pair alone where only L1 is left;
+        - pred: :class:`~medsr.networks.parallax.StereoPrediction`, or the pair alone with ``sr_only``;
         - target: ``(B, 2C, scale * H, scale * W)`` in [0, 1], left before right.
 
     Raises:
-        SettingError: for a negative weight, no L1, a result of another shape than the truth, or missing maps.
+        SettingError: for a negative weight, neither L1 nor squared error, a result of another shape than the truth,
+            or missing maps.
 
     Example:
         >>> loss = StereoLoss(sr_only=True)
@@ -64,6 +67,7 @@ class StereoLoss(nn.Module):
         self,
         *,
         l1_weight: float = 1.0,
+        mse_weight: float = 0.0,
         consistency_weight: float = 0.1,
         photometric_weight: float = 0.1,
         smoothness_weight: float = 0.1,
@@ -77,11 +81,14 @@ class StereoLoss(nn.Module):
             "smoothness": float(smoothness_weight),
             "cycle": float(cycle_weight),
         }
-        if min(l1_weight, *matching.values()) < 0:
+        image = {"l1": float(l1_weight), "mse": float(mse_weight)}
+        if min(*image.values(), *matching.values()) < 0:
             raise SettingError("the weights of the terms must not be negative; 0 leaves a term out")
-        if not l1_weight:
-            raise SettingError("l1_weight is 0; nothing else holds the views to the truth")
-        self.weights = {"l1": float(l1_weight)}
+        if not any(image.values()):
+            raise SettingError(
+                "l1_weight and mse_weight are both 0; nothing else holds the views to the truth"
+            )
+        self.weights = {name: weight for name, weight in image.items() if weight}
         if not sr_only:
             self.weights |= {name: weight for name, weight in matching.items() if weight}
         self.last_terms: dict[str, float] = {}
@@ -97,8 +104,8 @@ class StereoLoss(nn.Module):
         with without_autocast(image):
             image, target = image.float(), target.float()
             # The mean over both views is half the sum of their means.
-            terms = {"l1": 2 * F.l1_loss(image, target)}
-            if len(self.weights) > 1:
+            terms = {"l1": 2 * F.l1_loss(image, target), "mse": 2 * F.mse_loss(image, target)}
+            if self.weights.keys() - terms.keys():
                 terms |= self._matching(pred, (image - target).abs(), target)
         values = torch.stack([weight * terms[name] for name, weight in self.weights.items()])
         self.last_terms = dict(zip(self.weights, values.detach().tolist(), strict=True))
@@ -119,7 +126,7 @@ class StereoLoss(nn.Module):
         valid = found.valid.float().detach().chunk(2)
         missed = _resized((target - _resized(low, target)).abs(), low).chunk(2, 1)
         left = _resized(error, low).chunk(2, 1)
-        terms = {name: error.new_zeros(()) for name in self.weights if name != "l1"}
+        terms = {name: error.new_zeros(()) for name in self.weights if name not in ("l1", "mse")}
         for side, other in ((0, 1), (1, 0)):
             here, back = maps[side], maps[other]
             if "consistency" in terms:

@@ -78,7 +78,7 @@ class AddUncertaintyd(MapTransform):
         inferer: holds ``uncertainty`` of its last result, batch axis first, or None.
 
     Shape:
-        ``uncertainty`` is ``(1, ...)``.
+        ``uncertainty`` is ``(V, ...)``, a map for each of the V views that the result is of.
 
     Example:
         >>> from types import SimpleNamespace

@@ -57,10 +57,11 @@ def test_dots_per_inch_and_alpha_grow_with_the_image(tmp_path):
     assert (alpha[:, -8:] == 0).all()
 
 
-def test_the_uncertainty_keeps_sixteen_bits(tmp_path):
+@pytest.mark.parametrize("key", ["uncertainty", "uncertainty_left"])
+def test_the_uncertainty_keeps_sixteen_bits(tmp_path, key):
     item = loaded(tmp_path / "a.png", np.zeros((5, 6, 3), np.uint8))
-    item["uncertainty"] = torch.full((1, 20, 24), 0.0123)
-    write_result(tmp_path / "out.png", item["uncertainty"], item)
+    item[key] = torch.full((1, 20, 24), 0.0123)
+    write_result(tmp_path / "out.png", item[key], item)
     with Image.open(tmp_path / "out.png") as image:
         assert np.asarray(image).max() == round(0.0123 * 65535)
 

@@ -38,6 +38,27 @@ def test_there_are_both_views_an_anaglyph_and_the_detail_of_both(channels):
     assert "frame-7" in figure.get_suptitle()
 
 
+def test_a_known_uncertainty_is_shown_in_one_scale_for_both_views():
+    made = item()
+    made["uncertainty"] = torch.zeros(2, 120, 144)
+    made["uncertainty"][0] += 0.01
+    made["uncertainty"][1] += 0.03
+    axes = superres_pair_figure(made, {}).axes
+    assert [one.get_title() for one in axes[3:9]] == [
+        "left, input",
+        "result x2",
+        "uncertainty",
+        "right, input",
+        "result x2",
+        "uncertainty",
+    ]
+    left, right = axes[5].images[0], axes[8].images[0]
+    assert left.get_clim() == right.get_clim() == pytest.approx((0, 0.03))
+    assert left.get_array().max() == pytest.approx(0.01)
+    assert right.get_array().min() == pytest.approx(0.03)
+    assert len(axes) == 10
+
+
 def test_the_details_show_the_same_thing_on_the_same_rows():
     figure = superres_pair_figure(item(), {})
     left, right = (figure.axes[number].images[0].get_array() for number in (3, 6))

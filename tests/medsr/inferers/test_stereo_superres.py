@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from medsr.errors import DataError, SettingError
+from medsr.errors import DataError
 from medsr.inferers.stereo_superres import StereoSuperResInferer
 from medsr.networks.segsrnet import SEGSRNet
 from medsr.transforms.bicubic import bicubic_resize
@@ -94,5 +94,32 @@ def test_one_view_twice_stays_finite(network):
 def test_what_is_no_pair_is_refused(network):
     with pytest.raises(DataError, match="3 channels"):
         inferer()(pair()[:, :3], network)
-    with pytest.raises(SettingError, match="no ensemble of pairs"):
-        inferer(ensemble=True)
+
+
+def test_the_ensemble_keeps_a_map_for_each_view(network):
+    image = pair()
+    infer = inferer(ensemble=True)
+    found = infer(image, network)
+    assert infer.facts["members"] == 4
+    assert infer.facts["ensemble"] is True
+    assert infer.uncertainty.shape == (1, 2, 80, 48)
+    left = infer.uncertainty[:, 0]
+    assert float(left.min()) > 0
+    # In a mirror, the left camera stands on the right.
+    mirrored = infer(torch.cat([view.flip(-1) for view in image.chunk(2, 1)[::-1]], 1), network)
+    assert torch.allclose(torch.cat(mirrored.chunk(2, 1)[::-1], 1).flip(-1), found, atol=1e-5)
+    assert torch.allclose(infer.uncertainty[:, 1].flip(-1), left, atol=1e-5)
+
+
+def test_the_ensemble_of_a_pair_in_bands_is_that_of_the_whole(network):
+    image = pair(120)
+    whole, bands = inferer(ensemble=True), inferer(ensemble=True, max_whole=1, tolerance=1e-6)
+    assert torch.allclose(bands(image, network), whole(image, network), atol=2e-5)
+    assert torch.allclose(bands.uncertainty, whole.uncertainty, atol=2e-5)
+    assert bands.facts["mode"] == "gated bands"
+
+
+def test_the_ensemble_of_grey_pairs_passes_a_network_for_colour(network):
+    grey, infer = pair(channels=1), inferer(ensemble=True)
+    assert infer(grey, network).shape == (1, 2, 80, 48)
+    assert infer.uncertainty.shape == (1, 2, 80, 48)

@@ -110,6 +110,18 @@ def test_sr_only_takes_results_with_and_without_maps():
     assert loss.describe() == {"l1_weight": 1.0}
 
 
+def test_the_squared_error_joins_or_replaces_the_absolute_one():
+    pred, target = drawn()
+    squared = float((pred.image - target).square().unflatten(1, (2, 3)).mean((0, 2, 3, 4)).sum())
+    both = StereoLoss(mse_weight=3)
+    both(pred, target)
+    assert set(both.last_terms) == {*TERMS, "mse"}
+    assert both.last_terms["mse"] == pytest.approx(3 * squared, rel=1e-5)
+    alone = StereoLoss(l1_weight=0, mse_weight=3, sr_only=True)
+    assert alone(pred.image, target).item() == pytest.approx(3 * squared, rel=1e-5)
+    assert alone.describe() == {"mse_weight": 3.0}
+
+
 def test_a_perfect_result_with_one_disparity_everywhere_costs_nothing():
     # The right view is the left one, a column further; the low pair misses the same everywhere.
     target, low = torch.full((1, 6, 8, 8), 0.75), torch.full((1, 6, 4, 4), 0.25)
