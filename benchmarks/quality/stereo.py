@@ -33,7 +33,8 @@ Written by `python -m benchmarks.quality.stereo`. {count} pairs, and one of them
 network does, and no more. No scene here was seen in training, and the endoscope (SCARED) is another than that of the
 training pairs. Degradation: {degradation}.
 
-`network` is the shipped weights; `SEGSRNet` the network as it was described, at half the width (`segsrnet.json`);
+`network` is the shipped weights; `network, ensemble` the same with `--ensemble True`, which takes four times the time;
+`SEGSRNet` the network as it was described, at half the width (`segsrnet.json`);
 `FMEN, each view alone` the weights of `image_fmen_superres`, which `network` started from. `one view` is the same
 network, given each view as both.
 
@@ -59,6 +60,7 @@ def contestants() -> dict[str, Contestant]:
     }
     return {
         NETWORK: Contestant(),
+        f"{NETWORK}, ensemble": Contestant(settings={"ensemble": True, "one_view": "[]"}),
         "SEGSRNet": Contestant(("segsrnet.json",)),
         "FMEN, each view alone": Contestant(settings=single, scales=(4,)),
     }

@@ -17,9 +17,10 @@ def test_other_networks_add_their_own_rows_under_the_protocols_of_the_bundle(
     Image.fromarray(np.uint8(disc[..., None] * (120 + 60 * waves))).save(tmp_path / "drive-1.png")
     found = fundus.others(tmp_path, 4)
     assert {(row["case"], row["group"], row["method"]) for row in found} == {
+        ("drive-1", "drive", fundus.ENSEMBLE),
         ("drive-1", "drive", fundus.NATURAL),
         ("drive-1", "drive", fundus.GENERATOR),
     }
     assert {row["protocol"].split(":")[3] for row in found} == {"fov", "full"}
     assert all(row["psnr_db"] > 10 for row in found)
-    assert {row["method"] for row in fundus.others(tmp_path, 8)} == {fundus.GENERATOR}
+    assert {row["method"] for row in fundus.others(tmp_path, 8)} == {fundus.ENSEMBLE, fundus.GENERATOR}

@@ -53,19 +53,23 @@ def test_each_network_has_its_name_and_interpolation_is_there_once(
         ["bicubic", "31.00"],
         ["network", "31.00"],
         ["network, one view", "31.00"],
-        ["SEGSRNet", "32.00"],
-        ["SEGSRNet, one view", "32.00"],
-        ["FMEN, each view alone", "33.00"],
+        ["network, ensemble", "32.00"],
+        ["SEGSRNet", "33.00"],
+        ["SEGSRNet, one view", "33.00"],
+        ["FMEN, each view alone", "34.00"],
     ]
     # Weights of FMEN are there for x4 alone.
     assert "FMEN" not in x2
     assert [configs for configs, _ in asked] == [
         ["inference.json", "evaluate.json"],
+        ["inference.json", "evaluate.json"],
         ["inference.json", "segsrnet.json", "evaluate.json"],
         ["inference.json", "evaluate.json"],
         ["inference.json", "x2.json", "evaluate.json"],
+        ["inference.json", "x2.json", "evaluate.json"],
         ["inference.json", "x2.json", "segsrnet.json", "evaluate.json"],
     ]
-    weights = Path(asked[2][1]["weights"])
+    assert [settings.get("ensemble", False) for _, settings in asked] == [n in (1, 5) for n in range(7)]
+    weights = Path(asked[3][1]["weights"])
     assert weights.is_file()
     assert weights.parents[1].name == "image_fmen_superres"
