@@ -161,7 +161,8 @@ class WeightSaver:
 
     ``monai.handlers.CheckpointSaver`` was considered: it writes in place, and a full disk destroys the last good
     file. An exponential moving average makes better weights than the last iteration; pass ignite's
-    ``EMAHandler.ema_model``.
+    ``EMAHandler.ema_model``. Weights of an earlier training under the same name are kept as ``<name>_earlier``, unless
+    this training goes on with that one.
 
     Args:
         network: whose weights are saved.
@@ -187,9 +188,11 @@ class WeightSaver:
     ) -> None:
         self.network, self.path, self.every, self.form = network, Path(path), int(every), form
         self.dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
+        self._earlier = _Earlier(self.path)
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
+        self._earlier.attach(engine)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
         engine.add_event_handler(Events.COMPLETED, self)
         engine.add_event_handler(Events.TERMINATE, self)
@@ -202,6 +205,7 @@ class WeightSaver:
     def __call__(self, engine: Engine | None = None) -> None:
         """Save now."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._earlier.keep()
         network = self.network if self.form is None else self.form(self.network)
         save_weights(network.state_dict(), self.path, dtype=self.dtype)
 
@@ -213,6 +217,8 @@ class WeightSaver:
 
 class RunRecord:
     """Leaves ``train_record.json``: what was trained how long on what, and the history of the loss terms.
+
+    The record of an earlier training is kept as :class:`WeightSaver` keeps its weights.
 
     Args:
         path: file to write.
@@ -237,9 +243,11 @@ class RunRecord:
         self._values: dict[str, list[float]] = {}
         self._clock = _Clock()
         self._commit = "unknown"
+        self._earlier = _Earlier(self.path)
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
+        self._earlier.attach(engine)
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
@@ -264,6 +272,7 @@ class RunRecord:
             _log.info("iteration %d: %s", engine.state.iteration, entry)
             self._values = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._earlier.keep()
         write_json(
             self.path,
             {
@@ -290,6 +299,41 @@ class RunRecord:
         for name, value in terms.items():
             # A term that joins late, as an adversary after the warm-up, has its own count.
             self._values.setdefault(name, []).append(float(value))
+
+
+class _Earlier:
+    """Takes a file of an earlier training out of the way, before the first one of this training is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._anew = path, False
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED(once=1), self._begins)
+
+    def _begins(self, _: Engine) -> None:
+        # A training that is resumed begins at a later iteration, and the file is its own.
+        self._anew = True
+
+    def keep(self) -> None:
+        if not self._anew:
+            return
+        self._anew = False
+        path, count = self.path, 1
+        while path.exists():
+            path = self.path.with_stem(f"{self.path.stem}_earlier" + (f"_{count}" if count > 1 else ""))
+            count += 1
+        if path == self.path:
+            return
+        self.path.rename(path)
+        sums = self.path.parent / "SHA256SUMS"
+        if sums.exists():
+            lines = [line.rpartition("  ") for line in sums.read_text().splitlines()]
+            renamed = [
+                f"{digest}  {path.name if name == self.path.name else name}" for digest, _, name in lines
+            ]
+            with atomic_path(sums) as unfinished:
+                Path(unfinished).write_text("\n".join(renamed) + "\n")
+        _log.warning("%s of an earlier training is kept as %s", self.path.name, path.name)
 
 
 def save_weights(

@@ -190,6 +190,8 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, error):
     assert_equal(resumed.outcome(), whole.outcome())
     # It was not yet there when it stopped.
     assert not torch.equal(stopped.network[0].weight, whole.network[0].weight)
+    # What the first part saved is of the same training.
+    assert not list((tmp_path / "parts").glob("*earlier*"))
 
 
 PIECES = [

@@ -304,6 +304,25 @@ def test_a_training_that_fails_at_once_leaves_the_weights_of_an_earlier_one(tmp_
     assert digests(tmp_path) == {"model.pt": before}
 
 
+def test_weights_and_record_of_an_earlier_training_are_kept(tmp_path, caplog):
+    found = []
+    for number in (1, 2, 3):
+        trial = Trial(iterations=number + 2)
+        saver = WeightSaver(trial.network, tmp_path / "model.pt", every=1)
+        with caplog.at_level(logging.WARNING):
+            trial.run(saver, RunRecord(tmp_path / "train_record.json", settings={}, every=1))
+        found.append(trial.weight)
+    names = {"model.pt": 2, "model_earlier.pt": 0, "model_earlier_2.pt": 1}
+    for name, number in names.items():
+        assert float(torch.load(tmp_path / name, weights_only=True)["weight"]) == found[number]
+        record = name.replace("model", "train_record").replace(".pt", ".json")
+        assert json.loads((tmp_path / record).read_text())["iterations"] == number + 3
+    assert digests(tmp_path) == {
+        name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names
+    }
+    assert caplog.messages.count("model.pt of an earlier training is kept as model_earlier.pt") == 1
+
+
 def test_the_averaged_weights_are_saved(tmp_path):
     trial = Trial()
     average = EMAHandler(trial.network, momentum=0.1)
