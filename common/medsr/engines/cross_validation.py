@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from monai.bundle import ConfigWorkflow
+from monai.utils import ensure_tuple
 
 from medsr.engines.frame_comparison import frame_table
 from medsr.engines.runner import one_line_errors
 from medsr.errors import DataError, SettingError
-from medsr.io.masks import find_labelled_frames, frames_of_groups, group_of
+from medsr.io.masks import find_labelled_frames, frames_of_groups, group_of, read_mask
 from medsr.io.writing import probe_folder, write_json
 from medsr.metrics.frames import over_folds, summary
 from medsr.settings import as_whole
 
-__all__ = ["CrossValidation", "frame_items", "group_folds", "group_weights"]
+__all__ = ["CrossValidation", "frame_items", "group_folds", "group_weights", "refuse_unlabelled"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +69,43 @@ def frame_items(
         raise SettingError(f"labels must be the name of a folder, got {labels!r}")
     items = [item for folder in folders for item in find_labelled_frames(folder, labels=labels)]
     return frames_of_groups(items, leave_out, groups=groups)
+
+
+@one_line_errors
+def refuse_unlabelled(
+    items: Sequence[Mapping[str, str]], label_map: Mapping[str, Sequence[int]], ignore: Sequence[int] = ()
+) -> list[Mapping[str, str]]:
+    """Return the items, if there is anything to learn from them.
+
+    Masks of 0 and 255 are the most usual ones, and 255 does not count unless a class says so: such a training would
+    end without a complaint, and find nothing. Values that belong nowhere are left to
+    :class:`~medsr.transforms.frame_labels.GreysToClassesd`, which names the file.
+
+    Args:
+        items: labelled frames, as of :func:`frame_items`.
+        label_map: class name to the grey values of the file, the background first.
+        ignore: grey values that do not count.
+
+    Raises:
+        DataError: if every mask holds nothing but background and values that do not count.
+
+    Example:
+        >>> refuse_unlabelled([], {"background": [0], "instrument": [255]})
+        []
+    """
+    background = next(iter(label_map.values()), ())
+    nothing = {*ensure_tuple(background), *ensure_tuple(ignore)}
+    seen: set[int] = set()
+    for item in items:
+        seen.update(np.unique(read_mask(item["label"])).tolist())
+        if seen - nothing:
+            return list(items)
+    if items:
+        raise DataError(
+            f"nothing to learn: the {len(items)} masks hold no value but {', '.join(map(str, sorted(seen)))}, which is "
+            f"background or does not count (ignore {list(ensure_tuple(ignore))}); say in classes which value is what"
+        )
+    return []
 
 
 def group_weights(items: Sequence[Mapping[str, str]]) -> list[float]:

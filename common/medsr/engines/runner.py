@@ -308,7 +308,10 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
         raise SettingError(f"weights must be a path, got {path!r}")
     file = Path(path)
     if not file.is_file():
-        raise WeightsError(f"{file.name}: no such weight file; give the path of one, or reinstall the bundle")
+        # The last folder tells the sets of a bundle apart, of which some are only for users to train.
+        raise WeightsError(
+            f"{file.parent.name}/{file.name}: no such weight file; give the path of one with weights"
+        )
     if file.parent.name == "models":
         catalog.verify_weights(file.parent.parent, f"models/{file.name}")
     elif (file.parent / "SHA256SUMS").exists() and file.name in (
@@ -328,8 +331,8 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
         or not all(map(torch.is_tensor, state.values()))
     ):
         raise WeightsError(
-            f"{file.name}: made for another network; give the settings of its training, such as scale and width, or "
-            "its overlay"
+            f"{file.name}: made for another network; give the settings of its training (see train_record.json beside "
+            "it, if there is one), such as scale, width or patch_size, or its overlay"
         )
     wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
     if wrong:

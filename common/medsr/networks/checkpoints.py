@@ -32,8 +32,10 @@ def load_checkpoint(file: Path, *, kind: str) -> dict[str, Tensor]:
     Example:
         >>> load_checkpoint(Path("none.pth"), kind="a checkpoint")
         Traceback (most recent call last):
-        medsr.errors.WeightsError: none.pth: cannot be read as plain weights (FileNotFoundError)
+        medsr.errors.WeightsError: none.pth: no such weight file; give the path of one
     """
+    if not file.is_file():
+        raise WeightsError(f"{file.name}: no such weight file; give the path of one")
     try:
         found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -217,7 +217,7 @@ def load_encoder(network: SPPLinkNet, path: str | Path) -> SPPLinkNet:
     Example:
         >>> load_encoder(SPPLinkNet(encoder="resnet18", width=8), "none.pth")
         Traceback (most recent call last):
-        medsr.errors.WeightsError: none.pth: cannot be read as plain weights (FileNotFoundError)
+        medsr.errors.WeightsError: none.pth: no such weight file; give the path of one
 
     Reference:
         arXiv 1512.03385
@@ -257,9 +257,7 @@ class _PooledPyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(x) == 1 and 1 in self.bins:
-            raise SettingError(
-                "one frame alone cannot be normalised after its mean; train on two or more at once, or without bin 1"
-            )
+            raise SettingError("one frame alone cannot be normalised: set batch_size to 2 or more")
         levels = [x]
         for count, reduce in zip(self.bins, self.reduce, strict=True):
             reduced = reduce(adaptive_means(x, count).to(x.dtype))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from medsr.engines.cross_validation import CrossValidation, frame_items, group_folds
+from medsr.engines.cross_validation import CrossValidation, frame_items, group_folds, refuse_unlabelled
 from medsr.errors import SettingError
 from PIL import Image
 
@@ -37,6 +37,28 @@ def test_frames_of_several_folders_are_taken_by_group(tmp_path):
     assert names(folders, groups=["b"]) == ["b-1", "b-2"]
     # Nothing is left of the first folder.
     assert names(folders, ["a", "b"]) == ["c-1"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "ignore", "passes"),
+    [
+        ({"background": [0], "instrument": [10]}, [255], False),
+        ({"background": [0], "instrument": [255]}, [], True),
+        # A value that belongs nowhere is for the transform to name, with its file.
+        ({"background": [0], "instrument": [10]}, [], True),
+        ({"background": [0, 255], "instrument": [10]}, [], False),
+    ],
+)
+def test_masks_that_show_nothing_end_a_training_before_it_begins(tmp_path, capsys, classes, ignore, passes):
+    folder = write_folder(tmp_path / "1", "a-1", "b-1")
+    Image.new("L", (4, 4), 255).save(folder / "labels" / "b-1.png")
+    items = frame_items(folder)
+    if passes:
+        assert refuse_unlabelled(items, classes, ignore) == items
+        return
+    with pytest.raises(SystemExit):
+        refuse_unlabelled(items, classes, ignore)
+    assert "nothing to learn: the 2 masks hold no value but 0, 255" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_some_steps_learn_a_bright_square():
 
 
 def test_one_frame_is_trained_on_only_where_its_mean_needs_no_normalisation():
-    with pytest.raises(SettingError, match="train on two or more at once, or without bin 1") as error:
+    with pytest.raises(SettingError, match="set batch_size to 2 or more") as error:
         tiny().train()(frame())
     assert "\n" not in str(error.value)
     for settings in ({"pyramid": "max"}, {"bins": (2, 3)}):
