@@ -93,8 +93,11 @@ def refuse_unlabelled(
         >>> refuse_unlabelled([], {"background": [0], "instrument": [255]})
         []
     """
-    background = next(iter(label_map.values()), ())
-    nothing = {*ensure_tuple(background), *ensure_tuple(ignore)}
+    if not label_map:
+        return list(items)
+    background, *classes = (set(ensure_tuple(values)) for values in label_map.values())
+    # A value that is listed twice is refused by the transform.
+    nothing = background | set(ensure_tuple(ignore)).difference(*classes)
     seen: set[int] = set()
     for item in items:
         seen.update(np.unique(read_mask(item["label"])).tolist())
@@ -103,7 +106,8 @@ def refuse_unlabelled(
     if items:
         raise DataError(
             f"nothing to learn: the {len(items)} masks hold no value but {', '.join(map(str, sorted(seen)))}, which is "
-            f"background or does not count (ignore {list(ensure_tuple(ignore))}); say in classes which value is what"
+            f"background or in ignore {list(ensure_tuple(ignore))}; list the values of instruments in classes, and "
+            "take them out of ignore"
         )
     return []
 

@@ -309,9 +309,8 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
     file = Path(path)
     if not file.is_file():
         # The last folder tells the sets of a bundle apart, of which some are only for users to train.
-        raise WeightsError(
-            f"{file.parent.name}/{file.name}: no such weight file; give the path of one with weights"
-        )
+        named = "/".join(file.parts[-2:])
+        raise WeightsError(f"{named}: no such weight file; give the path of one")
     if file.parent.name == "models":
         catalog.verify_weights(file.parent.parent, f"models/{file.name}")
     elif (file.parent / "SHA256SUMS").exists() and file.name in (

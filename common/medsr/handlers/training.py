@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -188,11 +189,10 @@ class WeightSaver:
     ) -> None:
         self.network, self.path, self.every, self.form = network, Path(path), int(every), form
         self.dtype = {"float32": torch.float32, "float16": torch.float16}[dtype]
-        self._earlier = _Earlier(self.path)
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
-        self._earlier.attach(engine)
+        _Earlier(self.path).attach(engine)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
         engine.add_event_handler(Events.COMPLETED, self)
         engine.add_event_handler(Events.TERMINATE, self)
@@ -205,7 +205,6 @@ class WeightSaver:
     def __call__(self, engine: Engine | None = None) -> None:
         """Save now."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._earlier.keep()
         network = self.network if self.form is None else self.form(self.network)
         save_weights(network.state_dict(), self.path, dtype=self.dtype)
 
@@ -243,11 +242,10 @@ class RunRecord:
         self._values: dict[str, list[float]] = {}
         self._clock = _Clock()
         self._commit = "unknown"
-        self._earlier = _Earlier(self.path)
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
-        self._earlier.attach(engine)
+        _Earlier(self.path).attach(engine)
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
@@ -272,7 +270,6 @@ class RunRecord:
             _log.info("iteration %d: %s", engine.state.iteration, entry)
             self._values = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._earlier.keep()
         write_json(
             self.path,
             {
@@ -302,38 +299,60 @@ class RunRecord:
 
 
 class _Earlier:
-    """Takes a file of an earlier training out of the way, before the first one of this training is written."""
+    """Gives a file of an earlier training a second name, before this training can replace it.
+
+    At the first iteration, and not when the first file is written: a training that is killed in between and resumed
+    would no longer know whose file it finds. A resumed training begins later, and the file is its own.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._anew = path, False
+        self.path = path
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_STARTED(once=1), self._begins)
+        engine.add_event_handler(Events.ITERATION_STARTED(once=1), self._keep)
 
-    def _begins(self, _: Engine) -> None:
-        # A training that is resumed begins at a later iteration, and the file is its own.
-        self._anew = True
+    def _keep(self, engine: Engine) -> None:
+        path = self.path
+        if not path.exists():
+            return
+        others = path.parent.glob(f"{path.stem}_earlier*{path.suffix}")
+        if any(path.samefile(other) for other in others):
+            # What began after that one failed at once.
+            return
+        number = _number_of_earlier(engine, path.parent)
+        kept = path.with_stem(f"{path.stem}_earlier" + (f"_{number}" if number > 1 else ""))
+        with _as_output_error(kept):
+            try:
+                os.link(path, kept)
+            except OSError:
+                # Not every file system has links.
+                shutil.copy2(path, kept)
+        digests = _digests(path.parent)
+        if path.name in digests:
+            _write_digests(path.parent, {**digests, kept.name: digests[path.name]})
+        _log.warning("%s of an earlier training is kept as %s", path.name, kept.name)
 
-    def keep(self) -> None:
-        if not self._anew:
-            return
-        self._anew = False
-        path, count = self.path, 1
-        while path.exists():
-            path = self.path.with_stem(f"{self.path.stem}_earlier" + (f"_{count}" if count > 1 else ""))
-            count += 1
-        if path == self.path:
-            return
-        self.path.rename(path)
-        sums = self.path.parent / "SHA256SUMS"
-        if sums.exists():
-            lines = [line.rpartition("  ") for line in sums.read_text().splitlines()]
-            renamed = [
-                f"{digest}  {path.name if name == self.path.name else name}" for digest, _, name in lines
-            ]
-            with atomic_path(sums) as unfinished:
-                Path(unfinished).write_text("\n".join(renamed) + "\n")
-        _log.warning("%s of an earlier training is kept as %s", self.path.name, path.name)
+
+def _number_of_earlier(engine: Engine, folder: Path) -> int:
+    """One number for all files of a folder that a training keeps: what belongs together is called alike."""
+    numbers: dict[Path, int] = engine.__dict__.setdefault("numbers_of_earlier", {})
+    if folder not in numbers:
+        names = {path.stem for path in folder.glob("*_earlier*")}
+        found = [stem.rpartition("_earlier")[2].removeprefix("_") or "1" for stem in names]
+        numbers[folder] = 1 + max((int(one) for one in found if one.isdigit()), default=0)
+    return numbers[folder]
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Digest by file name of ``SHA256SUMS``."""
+    sums = folder / "SHA256SUMS"
+    lines = sums.read_text().splitlines() if sums.exists() else []
+    return {line.split()[-1].removeprefix("*"): line.split()[0] for line in lines if len(line.split()) == 2}
+
+
+def _write_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    with atomic_path(folder / "SHA256SUMS") as unfinished:
+        Path(unfinished).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
 
 
 def save_weights(
@@ -359,11 +378,7 @@ def save_weights(
         if any(not torch.equal(again[key], plain[key]) for key in plain):
             raise OutputError(f"{path.name}: the weights do not read back equal; check the disk")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    sums = path.parent / "SHA256SUMS"
-    lines = sums.read_text().splitlines() if sums.exists() else []
-    lines = [line for line in lines if line.split()[-1:] != [path.name]]
-    with atomic_path(sums) as unfinished:
-        Path(unfinished).write_text("\n".join([*lines, f"{digest}  {path.name}"]) + "\n")
+    _write_digests(path.parent, {**_digests(path.parent), path.name: digest})
     return digest
 
 

@@ -21,16 +21,22 @@ class _Symmetry(NamedTuple):
     turns: int = 0
 
     def there(self, image: Tensor, views: int) -> Tensor:
-        return torch.rot90(self._mirrored(image, views), self.turns, (-2, -1))
+        return self._turned(self._mirrored(image, views), self.turns)
 
     def back(self, image: Tensor, views: int) -> Tensor:
-        return self._mirrored(torch.rot90(image, -self.turns, (-2, -1)), views)
+        return self._mirrored(self._turned(image, -self.turns), views)
+
+    @staticmethod
+    def _turned(image: Tensor, turns: int) -> Tensor:
+        # Where there is nothing to do, PyTorch copies nevertheless.
+        return torch.rot90(image, turns, (-2, -1)) if turns else image
 
     def _mirrored(self, image: Tensor, views: int) -> Tensor:
         axes = [axis for axis, wanted in ((-1, self.columns), (-2, self.rows)) if wanted]
-        # In a mirror the left camera stands on the right.
-        swapped = views > 1 and self.columns
-        return torch.cat(image.chunk(views, 1)[::-1], 1).flip(axes) if swapped else image.flip(axes)
+        if views > 1 and self.columns:
+            # In a mirror the left camera stands on the right.
+            return torch.cat([view.flip(axes) for view in image.chunk(views, 1)[::-1]], 1)
+        return image.flip(axes) if axes else image
 
 
 _SYMMETRIES = {
@@ -48,7 +54,7 @@ class SelfEnsemble(Inferer):
     The standard deviation of the members is kept as ``uncertainty``: that of the last image of the calling thread,
     since MONAI Label shares one inferer between threads. MONAI has ``monai.data.TestTimeAugmentation``, which draws
     random transforms over a dataset and holds all results at once; here the members are exact, and their mean and
-    variance are updated one by one (Welford), in the memory of four results.
+    variance are updated one by one (Welford), in the memory of four results, for pairs five.
 
     ``facts`` are those of the inferer for the last member, with the warnings of all, ``members`` and
     ``mean_uncertainty``.
@@ -90,11 +96,14 @@ class SelfEnsemble(Inferer):
                 seen = member.there(image, self.views)
                 found = member.back(self.inferer(seen, network, *args, **kwargs), self.views)
                 if count == 1:
-                    mean, squares = found, torch.zeros_like(found)
+                    # The first member is the image as it is: its result may be the network's own, or the image.
+                    mean, squares = found.clone(), torch.zeros_like(found)
                 else:
                     found -= mean
                     mean.add_(found, alpha=1 / count)
                     squares.addcmul_(found, found, value=1 - 1 / count)
+                # The next member needs the memory.
+                del found
                 warnings |= dict.fromkeys(getattr(self.inferer, "facts", {}).get("warnings", []))
             # The members are all that there are, not a sample of more.
             deviation = (squares / len(members)).sqrt_().unflatten(1, (self.views, -1)).mean(2)

@@ -47,6 +47,8 @@ def test_frames_of_several_folders_are_taken_by_group(tmp_path):
         # A value that belongs nowhere is for the transform to name, with its file.
         ({"background": [0], "instrument": [10]}, [], True),
         ({"background": [0, 255], "instrument": [10]}, [], False),
+        # So is one that is listed twice.
+        ({"background": [0], "instrument": [255]}, [255], True),
     ],
 )
 def test_masks_that_show_nothing_end_a_training_before_it_begins(tmp_path, capsys, classes, ignore, passes):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -301,7 +302,8 @@ def test_a_training_that_fails_at_once_leaves_the_weights_of_an_earlier_one(tmp_
     trial = Trial()
     with caplog.at_level(logging.CRITICAL), pytest.raises(KeyboardInterrupt, match="stop"):
         trial.run(WeightSaver(trial.network, tmp_path / "model.pt"), stop_in(1))
-    assert digests(tmp_path) == {"model.pt": before}
+    assert digests(tmp_path)["model.pt"] == before
+    assert hashlib.sha256((tmp_path / "model.pt").read_bytes()).hexdigest() == before
 
 
 def test_weights_and_record_of_an_earlier_training_are_kept(tmp_path, caplog):
@@ -321,6 +323,45 @@ def test_weights_and_record_of_an_earlier_training_are_kept(tmp_path, caplog):
         name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names
     }
     assert caplog.messages.count("model.pt of an earlier training is kept as model_earlier.pt") == 1
+
+
+def test_what_a_killed_and_resumed_training_replaces_was_kept_before(tmp_path, caplog):
+    earlier = save_weights({"weight": torch.zeros(1, 1)}, tmp_path / "model.pt")
+    saver = WeightSaver(Trial().network, tmp_path / "model.pt")
+    trial = Trial()
+    # It ends before it has saved anything.
+    with caplog.at_level(logging.CRITICAL), pytest.raises(KeyboardInterrupt, match="stop"):
+        trial.run(saver, stop_in(1))
+    assert digests(tmp_path) == {"model.pt": earlier, "model_earlier.pt": earlier}
+    # Begun once more, there is nothing new to be kept; resumed, its own file is replaced.
+    Trial(iterations=2).run(WeightSaver(trial.network, tmp_path / "model.pt"))
+    assert set(digests(tmp_path)) == {"model.pt", "model_earlier.pt"}
+    assert digests(tmp_path)["model_earlier.pt"] == earlier
+    assert digests(tmp_path)["model.pt"] != earlier
+
+
+def test_without_links_an_earlier_file_is_copied(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    earlier = save_weights({"weight": torch.zeros(1, 1)}, tmp_path / "model.pt")
+    trial = Trial(iterations=2)
+    trial.run(WeightSaver(trial.network, tmp_path / "model.pt"))
+    assert hashlib.sha256((tmp_path / "model_earlier.pt").read_bytes()).hexdigest() == earlier
+
+
+def test_files_of_one_training_are_kept_under_one_number(tmp_path):
+    (tmp_path / "model_earlier_2.pt").write_bytes(b"")
+    for name in ("model.pt", "train_record.json"):
+        (tmp_path / name).write_text("earlier")
+    trial = Trial(iterations=2)
+    trial.run(
+        WeightSaver(trial.network, tmp_path / "model.pt"),
+        RunRecord(tmp_path / "train_record.json", settings={}),
+    )
+    assert (tmp_path / "model_earlier_3.pt").read_text() == "earlier"
+    assert (tmp_path / "train_record_earlier_3.json").read_text() == "earlier"
 
 
 def test_the_averaged_weights_are_saved(tmp_path):
