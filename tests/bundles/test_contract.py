@@ -90,7 +90,10 @@ def training_data(
         phantom_mask(path)
     for path in (folder / "labels").glob("*.png"):
         # Hardly a grey value of a photograph is a class.
-        write_mask(path, np.zeros(read_image(path).values.shape[1:], np.uint8))
+        mask = np.zeros(read_image(path).values.shape[1:], np.uint8)
+        _, first, *_ = catalog.read_settings(bundle.root, "train.json")["classes"].values()
+        mask[0, 0] = first[0]
+        write_mask(path, mask)
     return folder
 
 
