@@ -272,7 +272,8 @@ def test_a_frame_becomes_a_mask_of_its_size(folder: Path) -> None:
     from monailabel.tasks.infer.bundle import BundleInferTask
     from PIL import Image
 
-    changes = {"encoder": "resnet18", "width": 8, "longest": 64, "amp": "float32"}
+    seen = {"longest": 64, "sizes": [1.0, 0.5], "amp": "float32"}
+    changes = {"encoder": "resnet18", "width": 8, **seen}
     bundle = copy_bundle(folder / "frames" / FRAMES, seeded=True, **changes)
     task = BundleInferTask(str(bundle), {})
     info = task.info()
@@ -287,6 +288,6 @@ def test_a_frame_becomes_a_mask_of_its_size(folder: Path) -> None:
     values = torch.as_tensor(read_image(path).values)[None]
     # MONAI Label loads the weights into a copy.
     task.network.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
-    expected = FrameSegmentationInferer(amp="float32", longest=64)(values, task.network)
+    expected = FrameSegmentationInferer(**seen)(values, task.network)
     np.testing.assert_array_equal(mask, expected[0].argmax(0).numpy())
     assert set(np.unique(mask)) == {0, 1}

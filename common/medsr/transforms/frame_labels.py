@@ -152,7 +152,8 @@ class GreysToClassesd(MapTransform):
         values = [value for listed in (*classes.values(), ignored) for value in listed]
         if not 2 <= len(classes) <= IGNORED or not all(classes.values()) or len(set(values)) < len(values):
             raise SettingError(
-                f"classes must give two classes or more their own grey values, got {classes} and {ignored} to ignore"
+                f"classes must give two classes or more grey values of their own, none of them twice "
+                f"or in ignore, got {classes} and ignore {ignored}"
             )
         self.listed = "; ".join(f"{name} {values}" for name, values in classes.items())
         indices = {value: index for index, listed in enumerate(classes.values()) for value in listed}
