@@ -27,6 +27,7 @@ __all__ = [
     "bundles_folder",
     "check_overrides",
     "list_bundles",
+    "listed_digests",
     "overrides_in",
     "read_settings",
     "refuse_lone_overlay",
@@ -352,6 +353,21 @@ def weights_digest(root: str | Path, file: str = "models/model.pt") -> str:
     return digest.hexdigest()
 
 
+def listed_digests(folder: str | Path) -> dict[str, str]:
+    """Digest by file name of the ``SHA256SUMS`` in a folder.
+
+    Raises:
+        OSError: if there is none, or it cannot be read.
+
+    Example:
+        >>> sorted(listed_digests(bundle_root("mri_rehrseg_superres") / "models"))
+        ['model.pt']
+    """
+    lines = (Path(folder) / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith("#"))
+    return {pair[1].strip().removeprefix("*"): pair[0].lower() for pair in pairs if len(pair) == 2}
+
+
 def verify_weights(root: str | Path, file: str = "models/model.pt") -> Path:
     """Return the path of a bundle's weights if they are the ones listed in ``SHA256SUMS``.
 
@@ -371,7 +387,12 @@ def verify_weights(root: str | Path, file: str = "models/model.pt") -> Path:
     if not (folder / "SHA256SUMS").exists() and Path(file).parts[:1] == ("models",):
         folder = root / "models"
     name = (root / file).relative_to(folder).as_posix()
-    expected = _listed_digests(folder, root.name).get(name)
+    try:
+        expected = listed_digests(folder).get(name)
+    except OSError:
+        raise WeightsError(
+            f"{root.name}: SHA256SUMS is missing beside the weights; make it with: sha256sum model.pt > SHA256SUMS"
+        ) from None
     if expected is None:
         raise WeightsError(f"{root.name}: SHA256SUMS has no line for {name}; add it: {found}  {name}")
     if expected != found:
@@ -640,14 +661,3 @@ def _as_list(files: object) -> list[str]:
     if isinstance(files, (list, tuple)):
         return [str(file) for file in files]
     return [] if files is None else [str(files)]
-
-
-def _listed_digests(folder: Path, name: str) -> dict[str, str]:
-    try:
-        lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise WeightsError(
-            f"{name}: SHA256SUMS is missing beside the weights; make it with: sha256sum model.pt > SHA256SUMS"
-        ) from None
-    pairs = (line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith("#"))
-    return {pair[1].strip().removeprefix("*"): pair[0].lower() for pair in pairs if len(pair) == 2}

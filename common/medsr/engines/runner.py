@@ -313,9 +313,7 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
         raise WeightsError(f"{named}: no such weight file; give the path of one")
     if file.parent.name == "models":
         catalog.verify_weights(file.parent.parent, f"models/{file.name}")
-    elif (file.parent / "SHA256SUMS").exists() and file.name in (
-        file.parent / "SHA256SUMS"
-    ).read_text().split():
+    elif (file.parent / "SHA256SUMS").exists() and file.name in catalog.listed_digests(file.parent):
         catalog.verify_weights(file.parent, file.name)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -22,6 +23,7 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 
 import medsr
+from medsr import catalog
 from medsr.errors import MedsrError, OutputError, SettingError
 from medsr.io.writing import atomic_path, write_json
 from medsr.settings import as_number
@@ -327,9 +329,9 @@ class _Earlier:
             except OSError:
                 # Not every file system has links.
                 shutil.copy2(path, kept)
-        digests = _digests(path.parent)
-        if path.name in digests:
-            _write_digests(path.parent, {**digests, kept.name: digests[path.name]})
+        with contextlib.suppress(OSError, KeyError):
+            # A record has no line there, and not every folder has such a list.
+            _list_digest(kept, catalog.listed_digests(path.parent)[path.name])
         _log.warning("%s of an earlier training is kept as %s", path.name, kept.name)
 
 
@@ -343,16 +345,13 @@ def _number_of_earlier(engine: Engine, folder: Path) -> int:
     return numbers[folder]
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """Digest by file name of ``SHA256SUMS``."""
-    sums = folder / "SHA256SUMS"
+def _list_digest(path: Path, digest: str) -> None:
+    """Put a file's line into the ``SHA256SUMS`` beside it, those of other files as they are."""
+    sums = path.parent / "SHA256SUMS"
     lines = sums.read_text().splitlines() if sums.exists() else []
-    return {line.split()[-1].removeprefix("*"): line.split()[0] for line in lines if len(line.split()) == 2}
-
-
-def _write_digests(folder: Path, digests: Mapping[str, str]) -> None:
-    with atomic_path(folder / "SHA256SUMS") as unfinished:
-        Path(unfinished).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+    lines = [line for line in lines if line.split()[-1:] != [path.name]]
+    with atomic_path(sums) as unfinished:
+        Path(unfinished).write_text("\n".join([*lines, f"{digest}  {path.name}"]) + "\n")
 
 
 def save_weights(
@@ -378,7 +377,7 @@ def save_weights(
         if any(not torch.equal(again[key], plain[key]) for key in plain):
             raise OutputError(f"{path.name}: the weights do not read back equal; check the disk")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    _write_digests(path.parent, {**_digests(path.parent), path.name: digest})
+    _list_digest(path, digest)
     return digest
 
 
