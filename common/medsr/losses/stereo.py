@@ -14,6 +14,9 @@ from medsr.networks.parallax import StereoPrediction
 
 __all__ = ["StereoLoss"]
 
+_IMAGE = {"l1": F.l1_loss, "mse": F.mse_loss}
+"""Terms that hold the views to the truth, and need no maps."""
+
 
 class StereoLoss(nn.Module):
     """L1 + 0.1 (consistency + photometric + smoothness + cycle), with settable weights, and a squared error on demand.
@@ -104,8 +107,8 @@ class StereoLoss(nn.Module):
         with without_autocast(image):
             image, target = image.float(), target.float()
             # The mean over both views is half the sum of their means.
-            terms = {"l1": 2 * F.l1_loss(image, target), "mse": 2 * F.mse_loss(image, target)}
-            if self.weights.keys() - terms.keys():
+            terms = {name: 2 * error(image, target) for name, error in _IMAGE.items() if name in self.weights}
+            if len(self.weights) > len(terms):
                 terms |= self._matching(pred, (image - target).abs(), target)
         values = torch.stack([weight * terms[name] for name, weight in self.weights.items()])
         self.last_terms = dict(zip(self.weights, values.detach().tolist(), strict=True))
@@ -126,7 +129,7 @@ class StereoLoss(nn.Module):
         valid = found.valid.float().detach().chunk(2)
         missed = _resized((target - _resized(low, target)).abs(), low).chunk(2, 1)
         left = _resized(error, low).chunk(2, 1)
-        terms = {name: error.new_zeros(()) for name in self.weights if name not in ("l1", "mse")}
+        terms = {name: error.new_zeros(()) for name in self.weights if name not in _IMAGE}
         for side, other in ((0, 1), (1, 0)):
             here, back = maps[side], maps[other]
             if "consistency" in terms:
