@@ -93,7 +93,7 @@ def refuse_unlabelled(
         >>> refuse_unlabelled([], {"background": [0], "instrument": [255]})
         []
     """
-    if not label_map:
+    if not items or not label_map:
         return list(items)
     background, *classes = (set(ensure_tuple(values)) for values in label_map.values())
     # A value that is listed twice is refused by the transform.
@@ -103,13 +103,11 @@ def refuse_unlabelled(
         seen.update(np.unique(read_mask(item["label"])).tolist())
         if seen - nothing:
             return list(items)
-    if items:
-        raise DataError(
-            f"nothing to learn: the {len(items)} masks hold no value but {', '.join(map(str, sorted(seen)))}, which is "
-            f"background or in ignore {list(ensure_tuple(ignore))}; list the values of instruments in classes, and "
-            "take them out of ignore"
-        )
-    return []
+    raise DataError(
+        f"nothing to learn: the {len(items)} masks hold no value but {', '.join(map(str, sorted(seen)))}, which is "
+        f"background or in ignore {list(ensure_tuple(ignore))}; list the values of instruments in classes, and "
+        "take them out of ignore"
+    )
 
 
 def group_weights(items: Sequence[Mapping[str, str]]) -> list[float]:

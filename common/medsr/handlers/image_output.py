@@ -34,7 +34,7 @@ def write_result(path: Path, image: Any, item: Mapping[str, Any]) -> None:
         OutputError: if a value is not finite or the file cannot be written whole.
     """
     values = _plain(image)
-    if any(image is values for key, values in item.items() if key.startswith("uncertainty")):
+    if any(image is one for key, one in item.items() if key.startswith("uncertainty")):
         write_image(path, values.numpy(), _UNCERTAINTY)
         return
     source = item["image"]
