@@ -281,6 +281,7 @@ class RunRecord:
                 "iterations": engine.state.iteration,
                 "minutes": round(minutes, 1),
                 "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}",
+                "precision": _precision(engine),
                 "versions": {"medsr": medsr.__version__, "torch": torch.__version__},
                 "history": self.history,
             },
@@ -298,6 +299,12 @@ class RunRecord:
         for name, value in terms.items():
             # A term that joins late, as an adversary after the warm-up, has its own count.
             self._values.setdefault(name, []).append(float(value))
+
+
+def _precision(engine: Engine) -> str:
+    """Of the network's convolutions, see :class:`~medsr.inferers.mixed_precision.MixedPrecisionInferer`."""
+    inferer = getattr(engine, "inferer", None)
+    return str(getattr(inferer, "used_dtype", torch.float32)).removeprefix("torch.")
 
 
 class _Earlier:

@@ -20,8 +20,9 @@ from medsr.handlers.training import (
     WeightSaver,
     save_weights,
 )
+from medsr.inferers.mixed_precision import MixedPrecisionInferer
 from monai.engines import SupervisedTrainer
-from monai.inferers import SimpleInferer
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
 
@@ -39,7 +40,7 @@ class Trial:
             self.batches[index]["image"] = torch.full((1, 1), float("nan"))
         self.loss = loss or nn.MSELoss()
 
-    def run(self, *handlers) -> SupervisedTrainer:
+    def run(self, *handlers, inferer: Inferer | None = None) -> SupervisedTrainer:
         trainer = SupervisedTrainer(
             device=torch.device("cpu"),
             max_epochs=1,
@@ -47,7 +48,7 @@ class Trial:
             network=self.network,
             optimizer=self.optimizer,
             loss_function=self.loss,
-            inferer=SimpleInferer(),
+            inferer=inferer or SimpleInferer(),
             train_handlers=list(handlers),
         )
         trainer.run()
@@ -400,12 +401,19 @@ def test_the_record_tells_what_was_trained(tmp_path):
     assert found["settings"] == {"stage": "plain", "ratio": [1.6, 8.0], "path": "a", "device": "cpu"}
     assert found["minutes"] >= 0
     assert set(found) >= {"command", "commit", "machine", "versions"}
+    assert found["precision"] == "float32"
     # Each entry is the mean since the entry before.
     assert [(e["iteration"], e["l1"], e["calls"]) for e in found["history"]] == [
         (2, 2.0, 1.5),
         (4, 2.0, 3.5),
         (5, 2.0, 5.0),
     ]
+
+
+def test_the_record_tells_the_precision_of_the_convolutions(tmp_path):
+    record = RunRecord(tmp_path / "record.json", {})
+    Trial(iterations=1).run(record, inferer=MixedPrecisionInferer("bfloat16"))
+    assert json.loads((tmp_path / "record.json").read_text())["precision"] == "bfloat16"
 
 
 class LateLoss(Loss):
