@@ -157,7 +157,12 @@ def choose_precision(
 
 @torch.no_grad()
 def choose_planes(
-    prior: PlanePrior, examples: Sequence[Example], trials: Sequence[Example], *, tolerance: float = 0.01
+    prior: PlanePrior,
+    examples: Sequence[Example],
+    trials: Sequence[Example],
+    *,
+    other: torch.dtype = torch.float32,
+    tolerance: float = 0.01,
 ) -> PlanePrior:
     """The prior in 8 bit integers if the processor is faster with them and some planes stay the same; or itself.
 
@@ -165,6 +170,7 @@ def choose_planes(
         prior: reads planes.
         examples: planes of the scan that show the range of the features.
         trials: other planes of the scan.
+        other: data type that the prior would run in; 8 bit integers have to be faster than this one.
         tolerance: largest mean absolute difference of a channel, relative to the spread of its float32 result.
 
     Example:
@@ -173,12 +179,14 @@ def choose_planes(
         True
     """
     try:
-        if not native_int8(examples[0][0].device) or _speed_up_of_int8() < _GAIN:
+        if not native_int8(examples[0][0].device):
+            return prior
+        if _speed_up_of_int8() < _GAIN * (_speed_up_of_bfloat16() if other == torch.bfloat16 else 1):
             return prior
         fast = prior.in_int8(examples)
     except (ValueError, RuntimeError, TypeError) as error:
         # What is not finite is for the checks of the result to tell, and the operators are not promised for ever.
-        _log.debug("planes stay float32: %s", error)
+        _log.debug("planes stay %s: %s", other, error)
         return prior
     exact, found = (
         torch.cat([run(*trial).transpose(0, 1).flatten(1) for trial in trials], 1) for run in (prior, fast)
@@ -187,5 +195,5 @@ def choose_planes(
     difference = float(((found - exact).abs().mean(1) / exact.std(1).clamp_min(1e-6)).max())
     if difference <= tolerance:
         return fast
-    _log.info("planes in 8 bits differ by %.3g of the spread: using float32", difference)
+    _log.info("planes in 8 bits differ by %.3g of the spread: using %s", difference, other)
     return prior

@@ -148,9 +148,9 @@ class SliceGroupInferer(Inferer):
         # Not by attribute: a compiled network passes those of the network inside on, and would not use another one.
         prior = getattr(network, "_modules", {}).get("prior")
         self.int8_planes = False
-        if self.amp != "auto" or prior is None or self.used_dtype != torch.float32:
+        if self.amp != "auto" or prior is None:
             return network
-        chosen = choose_planes(prior, *_some_planes(stack, **settings))
+        chosen = choose_planes(prior, *_some_planes(stack, **settings), other=self.used_dtype)
         self.int8_planes = chosen is not prior
         return with_parts(network, prior=chosen) if self.int8_planes else network
 

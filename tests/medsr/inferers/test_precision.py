@@ -172,6 +172,17 @@ class Shifted(nn.Module):
         return fast
 
 
+@pytest.mark.parametrize(("speed_up", "chosen"), [(2.3, False), (2.5, True)])
+def test_eight_bits_have_to_be_faster_than_bfloat16_where_that_is_used(speed_up, chosen, monkeypatch):
+    monkeypatch.setattr(precision, "native_int8", lambda device: True)
+    monkeypatch.setattr(precision, "_speed_up_of_int8", lambda: speed_up)
+    monkeypatch.setattr(precision, "_speed_up_of_bfloat16", lambda: 2.0)
+    prior, example = Shifted(0.001), [(torch.rand(4, 1, 9, 5), 2.0, 1.0)]
+    assert choose_planes(prior, example, example) is prior.fast
+    prior.fast = None
+    assert (choose_planes(prior, example, example, other=torch.bfloat16) is not prior) == chosen
+
+
 @pytest.mark.parametrize(
     ("native", "speed_up", "share", "chosen"),
     [

@@ -244,7 +244,11 @@ def test_a_misspelt_precision_is_named_before_any_volume_is_read():
 
 
 def planes_chosen(
-    amp: str, monkeypatch: pytest.MonkeyPatch, *, prior: bool = True
+    amp: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    prior: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, list[Any], Tensor]:
     """Run a network whose planes in 8 bits give zero; note the planes that were to decide."""
     seen: list[Any] = []
@@ -253,12 +257,15 @@ def planes_chosen(
         def forward(self, planes: Tensor, scale: float, thickness: float, positions: Any) -> Tensor:
             return torch.zeros(*planes.shape[:-1], len(positions))
 
-    def choose(prior: nn.Module, examples: list[Any], trials: list[Any]) -> nn.Module:
+    def choose(
+        prior: nn.Module, examples: list[Any], trials: list[Any], *, other: torch.dtype
+    ) -> nn.Module:
+        assert other == dtype
         seen.append((examples, trials))
         return Zero()
 
     monkeypatch.setattr(slice_group, "choose_planes", choose)
-    monkeypatch.setattr(slice_group, "choose_precision", lambda *_, **__: torch.float32)
+    monkeypatch.setattr(slice_group, "choose_precision", lambda *_, **__: dtype)
     torch.manual_seed(0)
     network, run = SliceSRNet(0.125, prior=prior).eval(), SliceGroupInferer(amp=amp, tile=None)
     stack = torch.rand(2, 1, 24, 17, 5, generator=torch.Generator().manual_seed(1))
@@ -266,8 +273,9 @@ def planes_chosen(
     return run, seen, run(stack, network, scale=2.0, thickness=0.8)
 
 
-def test_planes_may_run_in_fewer_bits_and_the_network_stays_as_it_was(monkeypatch):
-    run, seen, found = planes_chosen("auto", monkeypatch)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planes_may_run_in_fewer_bits_and_the_network_stays_as_it_was(dtype, monkeypatch):
+    run, seen, found = planes_chosen("auto", monkeypatch, dtype=dtype)
     assert run.int8_planes
     # What the network adds starts at zero.
     assert float(found.abs().max()) < 1e-6

@@ -258,7 +258,7 @@ def test_the_facts_tell_of_planes_in_fewer_bits_of_this_scan_only(monkeypatch):
     torch.manual_seed(0)
     network, run = SliceSRNet(0.125, prior=True).eval(), inferer(amp="auto")
     monkeypatch.setattr(slice_group, "choose_precision", lambda *_, **__: torch.float32)
-    monkeypatch.setattr(slice_group, "choose_planes", lambda prior, *_: copy.deepcopy(prior))
+    monkeypatch.setattr(slice_group, "choose_planes", lambda prior, *_, **__: copy.deepcopy(prior))
     run(scan(), network)
     assert run.facts["convolutions"] == "float32, those of the planes int8"
     run(scan(2), network)
