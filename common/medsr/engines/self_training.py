@@ -15,12 +15,13 @@ from ignite.engine import Events
 from ignite.handlers import EMAHandler, TimeLimit
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedTrainer
-from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from medsr.engines.prepare_batch import PrepareThickSlices
 from medsr.errors import SettingError
 from medsr.handlers.training import BudgetSchedule, GradientGuard
+from medsr.inferers.mixed_precision import MixedPrecisionInferer
+from medsr.inferers.precision import checked_precision
 from medsr.losses.uncertainty import UncertaintyAwareLoss
 from medsr.metrics.volume import head_mask
 from medsr.settings import as_number, as_whole, as_whole_list
@@ -82,6 +83,7 @@ class SelfTraining:
         noise: see :class:`~medsr.engines.prepare_batch.PrepareThickSlices`.
         average_momentum: of the exponential moving average.
         seed: seed of the draws.
+        amp: precision of the convolutions, see :class:`~medsr.inferers.mixed_precision.MixedPrecisionInferer`.
 
     Example:
         >>> SelfTraining(minutes=4).minutes
@@ -99,6 +101,7 @@ class SelfTraining:
         noise: float = 0.005,
         average_momentum: float = 0.01,
         seed: int = 0,
+        amp: str = "auto",
     ) -> None:
         if minutes is not None:
             as_number("minutes", minutes, above=0)
@@ -108,7 +111,8 @@ class SelfTraining:
         self.batch_size = None if batch_size is None else as_whole("batch_size", batch_size, at_least=1)
         self.block_size = None if block_size is None else as_whole_list("block_size", block_size, 1)
         self.noise, self.average_momentum, self.seed = float(noise), float(average_momentum), int(seed)
-        self.done: dict[str, float] = {}
+        self.amp = checked_precision(amp)
+        self.done: dict[str, float | str] = {}
         self.warnings: list[str] = []
 
     def __call__(
@@ -184,6 +188,7 @@ class SelfTraining:
             seed=self.seed,
         )
         average = EMAHandler(network, momentum=self.average_momentum)
+        inferer = MixedPrecisionInferer(self.amp)
         trainer = SupervisedTrainer(
             device=device,
             max_epochs=1,
@@ -191,7 +196,7 @@ class SelfTraining:
             network=network,
             optimizer=optimizer,
             loss_function=UncertaintyAwareLoss(uncertainty=bool(getattr(network, "branches", 0))),
-            inferer=SimpleInferer(),
+            inferer=inferer,
             prepare_batch=prepare,
             train_handlers=[
                 GradientGuard(network),
@@ -212,6 +217,7 @@ class SelfTraining:
         self.done = {
             "iterations": done,
             "minutes": round((time.monotonic() - start) / 60, 2),
+            "convolutions": str(inferer.used_dtype).removeprefix("torch."),
         }
         self.warnings = []
         if self.iterations is not None and done < iterations:

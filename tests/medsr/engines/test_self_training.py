@@ -159,6 +159,19 @@ def test_blocks_are_long_enough_for_any_ratio(volume, ratio):
     assert training.done["iterations"] == 1
 
 
+@pytest.mark.parametrize("amp", ["float32", "bfloat16"])
+def test_the_precision_is_the_one_that_was_asked_for_and_told(amp, volume):
+    training = SelfTraining(None, 1, batch_size=1, block_size=(16, 16), amp=amp)
+    network = slices_network()
+    seen = []
+    network.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    training(network, image_of(volume), ratio=4.0, thickness=1.0)
+    assert seen == [amp == "bfloat16"]
+    assert training.done["convolutions"] == amp
+    with pytest.raises(SettingError, match="amp must be one of"):
+        SelfTraining(amp="half")
+
+
 def test_the_scan_is_not_changed(volume):
     image = MetaTensor(volume.clone())
     training = SelfTraining(None, 1, batch_size=1, block_size=(16, 16))

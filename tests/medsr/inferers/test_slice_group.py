@@ -257,9 +257,7 @@ def planes_chosen(
         def forward(self, planes: Tensor, scale: float, thickness: float, positions: Any) -> Tensor:
             return torch.zeros(*planes.shape[:-1], len(positions))
 
-    def choose(
-        prior: nn.Module, examples: list[Any], trials: list[Any], *, other: torch.dtype
-    ) -> nn.Module:
+    def choose(prior: nn.Module, examples: list[Any], trials: list[Any], *, other: torch.dtype) -> nn.Module:
         assert other == dtype
         seen.append((examples, trials))
         return Zero()
