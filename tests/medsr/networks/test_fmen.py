@@ -274,6 +274,14 @@ def test_bfloat16_changes_little_and_the_result_is_float32(form):
 
 
 @torch.inference_mode()
+def test_bfloat16_does_not_touch_the_image_itself():
+    network, image = tiny(interpolation_start=True), picture()
+    exact = network(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(network(image), exact, atol=1e-6, rtol=0)
+
+
+@torch.inference_mode()
 def test_the_order_in_memory_changes_nothing():
     network, image = tiny(fused=True), picture()
     expected = network(image)

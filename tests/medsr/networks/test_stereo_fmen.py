@@ -33,6 +33,14 @@ def test_weights_for_single_images_are_a_start_that_enlarges_each_view_as_before
 
 
 @torch.inference_mode()
+def test_bfloat16_does_not_touch_the_image_itself(pair):
+    network, image = tiny(interpolation_start=True), pair()
+    exact = network(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(network(image), exact, atol=1e-6, rtol=0)
+
+
+@torch.inference_mode()
 def test_the_merged_form_is_the_same_network(trained, pair):
     training_form = tiny(2, fused=False, expand=2)
     trained(training_form.merge)
