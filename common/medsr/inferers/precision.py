@@ -6,6 +6,7 @@ import functools
 import logging
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,14 @@ from medsr.networks.blocks import ResidualBlocks
 from medsr.networks.int8 import Int8ResidualBlocks, native_int8
 from medsr.networks.plane_prior import PlanePrior
 
-__all__ = ["PRECISIONS", "checked_precision", "choose_planes", "choose_precision", "native_bfloat16"]
+__all__ = [
+    "PRECISIONS",
+    "PrecisionTrials",
+    "checked_precision",
+    "choose_planes",
+    "choose_precision",
+    "native_bfloat16",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -153,6 +161,40 @@ def choose_precision(
         "bfloat16 differs from float32 by %.3g of the spread on this device: using float32", difference
     )
     return torch.float32
+
+
+class PrecisionTrials:
+    """Chooses as :func:`choose_precision` does for images one after the other, and remembers who passed.
+
+    On a small image the trial takes as long as the result. A network that did not pass on one image, which may have
+    been nearly flat, is tried again on the next.
+
+    Args:
+        amp: ``auto``, ``float32`` or ``bfloat16``.
+        tolerance: see :func:`choose_precision`.
+
+    Raises:
+        SettingError: for an unknown word.
+
+    Example:
+        >>> PrecisionTrials("float32").choose(nn.Identity(), torch.rand(1, 1, 8, 8))
+        torch.float32
+    """
+
+    def __init__(self, amp: str = "auto", *, tolerance: float = 0.01) -> None:
+        self.amp, self.tolerance = checked_precision(amp), float(tolerance)
+        # Weakly: it must not keep the weights in memory.
+        self._passed: weakref.ref[Callable[[Tensor], Tensor]] | None = None
+        self._device = torch.device("cpu")
+
+    def choose(self, network: Callable[[Tensor], Tensor], window: Tensor) -> torch.dtype:
+        """Data type of the convolutions of a network, whose weights stay what they are."""
+        if self._passed is not None and self._passed() is network and self._device == window.device:
+            return torch.bfloat16
+        dtype = choose_precision(self.amp, network, window, tolerance=self.tolerance)
+        if dtype == torch.bfloat16:
+            self._passed, self._device = weakref.ref(network), window.device
+        return dtype
 
 
 @torch.no_grad()

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from medsr.errors import SettingError
 from medsr.inferers import precision
-from medsr.inferers.precision import PRECISIONS, Example, choose_planes, choose_precision, native_bfloat16
+from medsr.inferers.precision import (
+    PRECISIONS,
+    Example,
+    PrecisionTrials,
+    choose_planes,
+    choose_precision,
+    native_bfloat16,
+)
 from torch import Tensor, nn
 
 
@@ -124,6 +133,48 @@ def test_of_a_gpu_only_its_own_hardware_counts(device, native, monkeypatch):
 
 def test_unknown_devices_count_as_not_native():
     assert not native_bfloat16("meta")
+
+
+class Counting(nn.Module):
+    """Rounds as bfloat16 does, or is wrong in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.broken = 0, False
+
+    def forward(self, window: Tensor) -> Tensor:
+        self.calls += 1
+        return broken(window) if self.broken else faithful(window)
+
+
+def test_a_network_that_passed_is_not_tried_again(window, monkeypatch):
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device: True)
+    trials, network = PrecisionTrials(), Counting()
+    assert [trials.choose(network, window) for _ in range(3)] == [torch.bfloat16] * 3
+    assert network.calls == 2
+    other = Counting()
+    trials.choose(other, window)
+    assert other.calls == 2
+
+
+def test_a_network_that_failed_is_tried_on_the_next_image(window, monkeypatch):
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device: True)
+    trials, network = PrecisionTrials(), Counting()
+    network.broken = True
+    assert trials.choose(network, window) == torch.float32
+    network.broken = False
+    assert trials.choose(network, window) == torch.bfloat16
+    assert network.calls == 4
+
+
+def test_a_network_that_passed_is_not_kept_alive(window, monkeypatch):
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device: True)
+    trials, network = PrecisionTrials(), Counting()
+    trials.choose(network, window)
+    gone = weakref.ref(network)
+    del network
+    gc.collect()
+    assert gone() is None
 
 
 # --- planes in 8 bit integers ------------------------------------------------------------------------------------
