@@ -99,7 +99,7 @@ def main() -> None:
     training = {
         "minutes": arguments.minutes,
         "iterations": ENOUGH,
-        # MONAI's network says nothing of bfloat16, and would have fewer iterations than ours in the same minutes.
+        # MONAI's network is not known to bear bfloat16, and would have fewer iterations than ours in the same minutes.
         "amp": "float32",
     }
     sources = sorted({group_of(item["case"]) for item in find_labelled_frames(folder)})

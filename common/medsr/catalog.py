@@ -26,7 +26,6 @@ __all__ = [
     "bundle_root",
     "bundles_folder",
     "check_overrides",
-    "is_shipped",
     "list_bundles",
     "listed_digests",
     "overrides_in",
@@ -402,25 +401,6 @@ def verify_weights(root: str | Path, file: str = "models/model.pt") -> Path:
             "restore it, or update SHA256SUMS if you trained it"
         )
     return root / file
-
-
-def is_shipped(file: str | Path) -> bool:
-    """Whether a weight file is one that comes with a bundle, wherever it lies: what was measured of these holds for it.
-
-    Args:
-        file: weight file; one that is missing or cannot be read is none.
-
-    Example:
-        >>> is_shipped(bundle_root("mri_rehrseg_superres") / "models" / "model.pt"), is_shipped("no-such-file.pt")
-        (True, False)
-    """
-    file = Path(file)
-    try:
-        found = weights_digest(file.parent, file.name)
-    except WeightsError:
-        return False
-    lists = bundles_folder().glob("*/models/**/SHA256SUMS")
-    return any(found in listed_digests(path.parent).values() for path in lists)
 
 
 def _is_of_copy(config: Path, name: str) -> bool:

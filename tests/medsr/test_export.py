@@ -82,7 +82,7 @@ def test_the_file_states_what_the_network_states_and_the_network_stays(tmp_path:
     stated = {item.key: item.value for item in onnx.load(file).metadata_props}
     assert json.loads(stated["scale"]) == 4
     assert json.loads(stated["exact_halo"]) == network.exact_halo
-    assert json.loads(stated["half_precision_safe"]) is False
+    assert json.loads(stated["half_precision_safe"]) is True
     assert stated["bundle"] == "image_fmen_superres"
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

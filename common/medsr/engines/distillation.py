@@ -12,6 +12,7 @@ from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
 from medsr.errors import SettingError
+from medsr.inferers.mixed_precision import MixedPrecisionInferer
 
 __all__ = ["DistillationTrainer"]
 
@@ -21,9 +22,9 @@ class DistillationTrainer(SupervisedTrainer):
 
     One iteration differs: the teacher looks at an image of its own (in the intensity range and with the labels
     that it was trained on), its features join the targets, and the student is asked for all its outputs. The step
-    itself, with precision, accumulation, compilation and events, stays MONAI's. The teacher belongs to the
-    trainer: neither the network's weights nor its gradients know it. MONAI has no trainer with a second, frozen
-    network.
+    itself, with accumulation, compilation and events, stays MONAI's. The teacher has the student's precision. It
+    belongs to the trainer: neither the network's weights nor its gradients know it. MONAI has no trainer with a
+    second, frozen network.
 
     ``prepare_batch`` gives ``(inputs, targets, args, kwargs)``. ``kwargs`` may hold ``scale``, for both networks,
     and ``thickness``, for the teacher alone. ``targets`` is a mapping; its ``teacher_image`` is replaced by
@@ -85,9 +86,12 @@ class DistillationTrainer(SupervisedTrainer):
                 raise SettingError(
                     "the teacher has no image: let prepare_batch give targets['teacher_image']"
                 )
-            precision = torch.autocast("cuda", **self.amp_kwargs) if self.amp else nullcontext()
+            ours = isinstance(self.inferer, MixedPrecisionInferer)
+            monai = torch.autocast("cuda", **self.amp_kwargs) if self.amp else nullcontext()
+            precision = self.inferer.precision(self.teacher, image.device) if ours else monai
             with torch.no_grad(), precision:
                 count = self.teacher_stage + 1
                 features = self.teacher.encoder_features(image, settings.get("scale"), thickness, count=count)
-            targets["teacher"] = features[-1]
+            # As the student's: the loss is not in the reduced precision of the inferer.
+            targets["teacher"] = features[-1].float() if ours else features[-1]
         return inputs, targets, args, settings

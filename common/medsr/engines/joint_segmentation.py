@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from monai.engines import PrepareBatch
-from monai.inferers import Inferer
 from monai.utils import CommonKeys
 from torch import Tensor
 
+from medsr.inferers.mixed_precision import MixedPrecisionInferer
 from medsr.networks.superres_segmentation import SuperResSegmentation, SuperResSegmentationOutput
 
 __all__ = ["JointInferer", "PrepareFramePair"]
@@ -48,11 +48,13 @@ class PrepareFramePair(PrepareBatch):
         return low.repeat(1, 2, 1, 1), {"image": image.repeat(1, 2, 1, 1), "label": label}
 
 
-class JointInferer(Inferer):
-    """Call the network, with a segmenter that stays as it is where its parameters are frozen.
+class JointInferer(MixedPrecisionInferer):
+    """Run the network, with a segmenter that stays as it is where its parameters are frozen.
 
     A trainer calls ``train()`` before every step, and the batch norm of a frozen segmenter would go on learning.
-    ``monai.inferers.SimpleInferer`` was considered; it only calls.
+
+    Args:
+        amp: see :class:`~medsr.inferers.mixed_precision.MixedPrecisionInferer`.
 
     Example:
         >>> JointInferer()(torch.zeros(1), torch.neg)
@@ -66,5 +68,5 @@ class JointInferer(Inferer):
         segmenter = getattr(network, "segmenter", None)
         if segmenter is not None and not any(one.requires_grad for one in segmenter.parameters()):
             segmenter.eval()
-        found: SuperResSegmentationOutput = network(inputs, *args, **kwargs)
+        found: SuperResSegmentationOutput = super().__call__(inputs, network, *args, **kwargs)
         return found

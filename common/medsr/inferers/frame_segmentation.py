@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import DataError, MedsrError, SettingError
-from medsr.inferers.precision import PrecisionTrials
+from medsr.inferers.precision import checked_precision, choose_precision
 from medsr.settings import as_flag, as_number, as_whole
 from medsr.transforms.bicubic import bicubic_resize
 from medsr.transforms.frame_labels import reduced_size
@@ -98,7 +98,7 @@ class FrameSegmentationInferer(Inferer):
             raise SettingError(f"sizes must be a list of numbers > 0, got {sizes!r}")
         # The largest first: it is the one that the facts are about.
         self.sizes = sorted((as_number("sizes", share, above=0) for share in sizes), reverse=True)
-        self.trials = PrecisionTrials(amp, tolerance=_TOLERANCE)
+        self.amp = checked_precision(amp)
         self.mirror = as_flag("mirror", mirror)
         self.longest = None if longest is None else as_whole("longest", longest, 1)
         self.facts: dict[str, Any] = {}
@@ -149,15 +149,15 @@ class FrameSegmentationInferer(Inferer):
         return reduced_size(height, width, longest / ((self.longest or longest) * share))
 
     def _precision(self, image: Tensor, network: _Network, warnings: list[str]) -> torch.dtype:
-        if self.trials.amp != "float32" and not network.half_precision_safe:
-            if self.trials.amp == "bfloat16":
+        if self.amp != "float32" and not network.half_precision_safe:
+            if self.amp == "bfloat16":
                 warnings.append(f"{type(network).__name__} is not safe in bfloat16: float32 was used")
             return torch.float32
         # The corners of an endoscopic frame are often black: precision is tried in its middle.
         side = -(-_TRIAL // network.size_multiple) * network.size_multiple
         starts = [max(0, (length - side) // 2) for length in image.shape[-2:]]
         middle = image[..., starts[0] : starts[0] + side, starts[1] : starts[1] + side]
-        return self.trials.choose(network, middle)
+        return choose_precision(self.amp, network, middle, tolerance=_TOLERANCE)
 
     def _averaged(self, image: Tensor, network: _Network, dtype: torch.dtype) -> Tensor:
         found = _probabilities(image, network, dtype)

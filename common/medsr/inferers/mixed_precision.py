@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ class MixedPrecisionInferer(SimpleInferer):
 
     Args:
         amp: ``auto``, ``float32`` or ``bfloat16``. ``auto`` is bfloat16 where the device has it and is faster with it,
-            for a network that says that it is safe (``half_precision_safe``).
+            for a network that says that it is safe (``half_precision_safe``); another network keeps the precision of
+            the trainer. ``bfloat16`` asks neither device nor network.
 
     Attributes:
-        used_dtype: of the last step.
+        used_dtype: of the convolutions in the last step.
 
     Raises:
         SettingError: for an unknown word.
@@ -43,17 +45,21 @@ class MixedPrecisionInferer(SimpleInferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the network; results that are bfloat16 come as float32, for the loss."""
-        reduced = self._reduced(network, inputs.device)
-        self.used_dtype = torch.bfloat16 if reduced else torch.float32
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=reduced):
+        kind = inputs.device.type
+        with self.precision(network, inputs.device):
+            active = torch.is_autocast_enabled(kind)
+            self.used_dtype = torch.get_autocast_dtype(kind) if active else torch.float32
             found = super().__call__(inputs, network, *args, **kwargs)
         return _in_float32(found)
 
-    def _reduced(self, network: nn.Module, device: torch.device) -> bool:
+    def precision(self, network: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+        """Context in which a network runs, also one that is asked beside the one that learns."""
         if self.amp != "auto":
-            return self.amp == "bfloat16"
+            return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.amp == "bfloat16")
         inner = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-        return bool(getattr(inner, "half_precision_safe", False)) and native_bfloat16(device)
+        if getattr(inner, "half_precision_safe", False) and native_bfloat16(device):
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return nullcontext()
 
 
 def _in_float32(found: Any) -> Any:

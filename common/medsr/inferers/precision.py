@@ -6,7 +6,6 @@ import functools
 import logging
 import sys
 import time
-import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,7 +18,6 @@ from medsr.networks.plane_prior import PlanePrior
 
 __all__ = [
     "PRECISIONS",
-    "PrecisionTrials",
     "checked_precision",
     "choose_planes",
     "choose_precision",
@@ -80,8 +78,8 @@ def _speed_up_of_bfloat16() -> float:
 
 
 @functools.cache
-def _speed_up_of_int8() -> float:
-    """Of a residual block on the CPU, in 8 bit integers."""
+def _speed_up_of_int8(other: torch.dtype = torch.float32) -> float:
+    """Of a residual block on the CPU, in 8 bit integers instead of another type."""
     with torch.random.fork_rng(devices=()):
         layers = nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 32, 3, padding=1)
         exact = ResidualBlocks([nn.Sequential(*layers)]).to(memory_format=torch.channels_last)
@@ -89,7 +87,8 @@ def _speed_up_of_int8() -> float:
     fast = Int8ResidualBlocks(exact, [image])
 
     def run(*, reduced: bool) -> None:
-        (fast if reduced else exact)(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=other == torch.bfloat16):
+            (fast if reduced else exact)(image)
 
     return _speed_up(run)
 
@@ -163,40 +162,6 @@ def choose_precision(
     return torch.float32
 
 
-class PrecisionTrials:
-    """Chooses as :func:`choose_precision` does for images one after the other, and remembers who passed.
-
-    On a small image the trial takes as long as the result. A network that did not pass on one image, which may have
-    been nearly flat, is tried again on the next.
-
-    Args:
-        amp: ``auto``, ``float32`` or ``bfloat16``.
-        tolerance: see :func:`choose_precision`.
-
-    Raises:
-        SettingError: for an unknown word.
-
-    Example:
-        >>> PrecisionTrials("float32").choose(nn.Identity(), torch.rand(1, 1, 8, 8))
-        torch.float32
-    """
-
-    def __init__(self, amp: str = "auto", *, tolerance: float = 0.01) -> None:
-        self.amp, self.tolerance = checked_precision(amp), float(tolerance)
-        # Weakly: it must not keep the weights in memory.
-        self._passed: weakref.ref[Callable[[Tensor], Tensor]] | None = None
-        self._device = torch.device("cpu")
-
-    def choose(self, network: Callable[[Tensor], Tensor], window: Tensor) -> torch.dtype:
-        """Data type of the convolutions of a network, whose weights stay what they are."""
-        if self._passed is not None and self._passed() is network and self._device == window.device:
-            return torch.bfloat16
-        dtype = choose_precision(self.amp, network, window, tolerance=self.tolerance)
-        if dtype == torch.bfloat16:
-            self._passed, self._device = weakref.ref(network), window.device
-        return dtype
-
-
 @torch.no_grad()
 def choose_planes(
     prior: PlanePrior,
@@ -221,9 +186,7 @@ def choose_planes(
         True
     """
     try:
-        if not native_int8(examples[0][0].device):
-            return prior
-        if _speed_up_of_int8() < _GAIN * (_speed_up_of_bfloat16() if other == torch.bfloat16 else 1):
+        if not native_int8(examples[0][0].device) or _speed_up_of_int8(other) < _GAIN:
             return prior
         fast = prior.in_int8(examples)
     except (ValueError, RuntimeError, TypeError) as error:

@@ -10,6 +10,7 @@ from ignite.engine import Events
 from medsr.engines.distillation import DistillationTrainer
 from medsr.errors import SettingError
 from medsr.handlers.training import BudgetSchedule, GradientGuard, RunRecord
+from medsr.inferers.mixed_precision import MixedPrecisionInferer
 from medsr.losses.thick_segmentation import ThickSegmentationLoss
 from medsr.networks.slice_sr import SliceSRNet
 from monai.engines import SupervisedTrainer
@@ -333,3 +334,18 @@ def test_mixed_precision_holds_for_both_networks(monkeypatch):
     make(student(), Loss(), teacher=teacher(), amp=True, amp_kwargs={"dtype": torch.bfloat16}).run()
     assert seen == {"student": torch.bfloat16, "teacher": torch.bfloat16}
     assert scaler.calls == ["scale", "step", "update"] * BATCHES
+
+
+def test_the_teacher_has_the_precision_that_the_inferer_gives_the_student():
+    seen: dict[str, Any] = {}
+
+    class Loss(nn.Module):
+        def forward(self, pred: Prediction, target: dict[str, Tensor]) -> Tensor:
+            seen.update(student=pred.thin.dtype, teacher=target["teacher"].dtype)
+            seen["rounded"] = torch.equal(target["teacher"].bfloat16().float(), target["teacher"])
+            return pred.thin.float().mean()
+
+    for amp in ("float32", "bfloat16"):
+        make(student(), Loss(), teacher=teacher(), inferer=MixedPrecisionInferer(amp)).run()
+        # The loss has float32 from both; what it was rounded to before shows.
+        assert seen == {"student": torch.float32, "teacher": torch.float32, "rounded": amp == "bfloat16"}

@@ -53,6 +53,15 @@ def test_a_network_that_says_nothing_stays_in_float32(native):
     assert infer(torch.rand(1, 4), nn.Linear(4, 2)).dtype == infer.used_dtype == torch.float32
 
 
+@pytest.mark.parametrize(("amp", "seen"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_the_precision_of_the_trainer_counts_where_nothing_else_is_asked_for(amp, seen):
+    infer, network = MixedPrecisionInferer(amp), Network(safe=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        infer(torch.rand(2, 4), network)
+    assert network.seen == [seen]
+    assert infer.used_dtype == seen
+
+
 def test_parts_keep_their_type_and_whole_numbers_stay_whole():
     found = MixedPrecisionInferer("bfloat16")(torch.rand(3, 4), Network(safe=True), apart=True)
     assert isinstance(found, Parts)

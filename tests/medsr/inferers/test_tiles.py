@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medsr.errors import DataError, MedsrError, SettingError
 from medsr.inferers import precision
+from medsr.inferers import tiles as tiles_module
 from medsr.inferers.tiles import TileInferer, _spans
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
@@ -409,6 +410,8 @@ def test_the_result_is_a_plain_float32_tensor_that_can_be_changed(image_type, lo
 def test_bfloat16_is_used_where_it_is_safe_and_native(name, request, monkeypatch):
     network, image = request.getfixturevalue(name), photograph()
     monkeypatch.setattr(precision, "native_bfloat16", lambda device: True)
+    # These networks round the image itself.
+    monkeypatch.setattr(tiles_module, "_TOLERANCE", 0.01)
     run = TileInferer(16, max_whole=1)
     found, exact = run(image, network), tiles()(image, network)
     assert run.facts["precision"] == "bfloat16"
@@ -420,7 +423,16 @@ def test_bfloat16_is_used_where_it_is_safe_and_native(name, request, monkeypatch
     assert run.facts["warnings"] == []
 
 
-def test_unsafe_bfloat16_on_request_is_refused_with_a_warning(local):
+def test_bfloat16_is_not_used_where_a_part_of_the_image_differs(local, monkeypatch):
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device: True)
+    monkeypatch.setattr(tiles_module, "_TOLERANCE", 1e-6)
+    run = tiles(amp="auto")
+    assert torch.equal(run(photograph(), local), tiles()(photograph(), local))
+    assert run.facts["precision"] == "float32"
+
+
+def test_unsafe_bfloat16_on_request_is_refused_with_a_warning(local, monkeypatch):
+    monkeypatch.setattr(tiles_module, "_TOLERANCE", 0.01)
     local.half_precision_safe = False
     run = tiles(amp="bfloat16")
     run(photograph(), local)

@@ -154,12 +154,6 @@ def test_sizes_that_make_no_network_are_refused(settings, word):
     assert "\n" not in str(error.value)
 
 
-def test_it_is_not_taken_for_safe_in_half_precision_unless_told():
-    assert not tiny().half_precision_safe
-    assert not tiny(fused=True).half_precision_safe
-    assert tiny(half_precision_safe=True).fuse().half_precision_safe
-
-
 # --- the training form and its merging ----------------------------------------------------------------------------
 
 
@@ -189,7 +183,7 @@ def test_merging_loses_nothing_in_float64():
 
 
 def test_merging_leaves_the_network_as_it_is():
-    network = trained(tiny(half_precision_safe=True)).train()
+    network = trained(tiny()).train()
     before, random = deepcopy(network.state_dict()), torch.get_rng_state()
     plain = network.fuse()
     assert torch.equal(torch.get_rng_state(), random)
@@ -405,7 +399,6 @@ def test_the_converted_network_takes_and_gives_intensities(tmp_path, layout):
     network = loaded(saved(tmp_path / "fmen.pt", state), *layout)
     expected = original(state, 255 * image) / 255
     assert difference(network(image), expected) < 1e-5
-    assert not network.half_precision_safe
     # The network is not indifferent to the range.
     assert difference(original(state, image), expected) > 1e-2
 
