@@ -16,13 +16,7 @@ from medsr.networks.blocks import ResidualBlocks
 from medsr.networks.int8 import Int8ResidualBlocks, native_int8
 from medsr.networks.plane_prior import PlanePrior
 
-__all__ = [
-    "PRECISIONS",
-    "checked_precision",
-    "choose_planes",
-    "choose_precision",
-    "native_bfloat16",
-]
+__all__ = ["PRECISIONS", "checked_precision", "choose_planes", "choose_precision", "native_bfloat16"]
 
 _log = logging.getLogger(__name__)
 

@@ -58,7 +58,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def convolve_exactly(conv: nn.Conv2d, features: Tensor) -> Tensor:
-    """Apply a first or last convolution, which carries the image, in float32: bfloat16 rounds by half a grey level.
+    """Apply a first or last convolution, which carries the image, in float32 at least: bfloat16 rounds by half a level.
 
     Args:
         conv: zero padding, stride 1.
