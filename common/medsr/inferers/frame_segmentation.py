@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import DataError, MedsrError, SettingError
-from medsr.inferers.precision import checked_precision, choose_precision
+from medsr.inferers.precision import checked_precision, choose_precision, precision_name
 from medsr.settings import as_flag, as_number, as_whole
 from medsr.transforms.bicubic import bicubic_resize
 from medsr.transforms.frame_labels import reduced_size
@@ -136,7 +136,7 @@ class FrameSegmentationInferer(Inferer):
             "padding": padding[0],
             "sizes": list(self.sizes),
             "mirror": self.mirror,
-            "precision": str(dtype).removeprefix("torch."),
+            "precision": precision_name(dtype),
             "warnings": warnings,
         }
         return found

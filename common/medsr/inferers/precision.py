@@ -16,7 +16,14 @@ from medsr.networks.blocks import ResidualBlocks
 from medsr.networks.int8 import Int8ResidualBlocks, native_int8
 from medsr.networks.plane_prior import PlanePrior
 
-__all__ = ["PRECISIONS", "checked_precision", "choose_planes", "choose_precision", "native_bfloat16"]
+__all__ = [
+    "PRECISIONS",
+    "checked_precision",
+    "choose_planes",
+    "choose_precision",
+    "native_bfloat16",
+    "precision_name",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +35,16 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 _GAIN = 1.2
 """How much faster fewer bits have to be on a CPU: processors that have bfloat16 are twice as fast with it, or half as
 fast; a processor that has 8 bit integers takes less than half the time with them."""
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """What a report calls a data type.
+
+    Example:
+        >>> precision_name(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def native_bfloat16(device: torch.device | str) -> bool:

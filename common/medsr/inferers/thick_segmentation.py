@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medsr.errors import DataError, SettingError
 from medsr.geometry import refinement_ratio, spacing_of
 from medsr.inferers.head_box import head_box
-from medsr.inferers.precision import checked_precision, choose_precision
+from medsr.inferers.precision import checked_precision, choose_precision, precision_name
 from medsr.inferers.volume import MIN_SLICES
 from medsr.settings import as_flag, as_number
 
@@ -150,7 +150,7 @@ class ThickSegmentationInferer(Inferer):
                 thin /= 1 + len(_MIRRORED)
             thick, thin = (_background_around(part, whole, box) for part in (thick, thin))
         self._last.thick = thick
-        self.facts = {"ratio": ratio, "convolutions": str(dtype).removeprefix("torch."), "warnings": warnings}
+        self.facts = {"ratio": ratio, "convolutions": precision_name(dtype), "warnings": warnings}
         return thin
 
     @property

@@ -13,7 +13,7 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from medsr.errors import DataError, MedsrError, SettingError
-from medsr.inferers.precision import checked_precision, choose_precision
+from medsr.inferers.precision import checked_precision, choose_precision, precision_name
 from medsr.settings import as_whole
 
 __all__ = ["TileInferer"]
@@ -205,7 +205,7 @@ class TileInferer(Inferer):
             mode, tiles = self._plan(padded, network)
             dtype, warnings = self._precision(padded, network)
             facts = {"mode": mode, "tiles": len(tiles), "passes": 1, "warnings": warnings}
-            facts["precision"] = str(dtype).removeprefix("torch.")
+            facts["precision"] = precision_name(dtype)
             batches = _batches(tiles, self.batch)
             statistics = None
             if mode.startswith("gated"):

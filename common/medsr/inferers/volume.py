@@ -14,6 +14,7 @@ from torch import Tensor
 from medsr.errors import SettingError
 from medsr.geometry import refinement_ratio, rescaled_size, slice_positions, spacing_of
 from medsr.inferers.head_box import head_box
+from medsr.inferers.precision import precision_name
 from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.metrics.volume import psnr
 from medsr.resampling import interpolation_matrix
@@ -133,7 +134,7 @@ class VolumeInferer(SliceGroupInferer):
             facts["method"] = "cubic interpolation"
             warnings.append(f"only {size} slices: interpolated, the network needs {MIN_SLICES}")
         facts["data_consistency_db"] = _rounded(self._consistency_db(result[0, 0], stack[0, 0], acquire))
-        facts["convolutions"] = str(self.used_dtype).removeprefix("torch.")
+        facts["convolutions"] = precision_name(self.used_dtype)
         if self.int8_planes:
             facts["convolutions"] += ", those of the planes int8"
         facts["warnings"] = warnings
