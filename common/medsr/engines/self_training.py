@@ -21,7 +21,7 @@ from medsr.engines.prepare_batch import PrepareThickSlices
 from medsr.errors import SettingError
 from medsr.handlers.training import BudgetSchedule, GradientGuard
 from medsr.inferers.mixed_precision import MixedPrecisionInferer
-from medsr.inferers.precision import checked_precision, precision_name
+from medsr.inferers.precision import checked_precision
 from medsr.losses.uncertainty import UncertaintyAwareLoss
 from medsr.metrics.volume import head_mask
 from medsr.settings import as_number, as_whole, as_whole_list
@@ -217,7 +217,7 @@ class SelfTraining:
         self.done = {
             "iterations": done,
             "minutes": round((time.monotonic() - start) / 60, 2),
-            "convolutions": precision_name(inferer.used_dtype),
+            "convolutions": inferer.used_precision,
         }
         self.warnings = []
         if self.iterations is not None and done < iterations:

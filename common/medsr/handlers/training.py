@@ -25,7 +25,6 @@ from torch import nn
 import medsr
 from medsr import catalog
 from medsr.errors import MedsrError, OutputError, SettingError
-from medsr.inferers.precision import precision_name
 from medsr.io.writing import atomic_path, write_json
 from medsr.settings import as_number
 
@@ -305,7 +304,7 @@ class RunRecord:
 def _precision(engine: Engine) -> str:
     """Of the network's convolutions, see :class:`~medsr.inferers.mixed_precision.MixedPrecisionInferer`."""
     inferer = getattr(engine, "inferer", None)
-    return precision_name(getattr(inferer, "used_dtype", torch.float32))
+    return str(getattr(inferer, "used_precision", "float32"))
 
 
 class _Earlier:

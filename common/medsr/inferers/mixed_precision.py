@@ -9,7 +9,7 @@ import torch
 from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
-from medsr.inferers.precision import checked_precision, native_bfloat16
+from medsr.inferers.precision import checked_precision, native_bfloat16, precision_name
 
 __all__ = ["MixedPrecisionInferer"]
 
@@ -51,6 +51,11 @@ class MixedPrecisionInferer(SimpleInferer):
             self.used_dtype = torch.get_autocast_dtype(kind) if active else torch.float32
             found = super().__call__(inputs, network, *args, **kwargs)
         return _in_float32(found)
+
+    @property
+    def used_precision(self) -> str:
+        """``used_dtype`` as a record of a training has it."""
+        return precision_name(self.used_dtype)
 
     def precision(self, network: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
         """Context in which a network runs, also one that is asked beside the one that learns."""
