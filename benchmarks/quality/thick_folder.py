@@ -43,6 +43,33 @@ class Source(NamedTuple):
     axes: str | None = None
 
 
+_STRUCTURES = {
+    "oasis-a": Source(
+        "mri/oasis_1mm/subjA_T1.nii.gz",
+        "mri/oasis_1mm/subjA_labels13.nii.gz",
+        {
+            "ventricle": [3],
+            "thalamus": [1],
+            "striatum": [5, 6],
+            "hippocampus": [8],
+            "brain_stem": [13],
+        },
+    ),
+    "vxm": Source(
+        "mri/healthy_iso/vxm_test_scan_T1_1mm.nii.gz",
+        "mri/healthy_iso/vxm_test_scan_aseg.nii.gz",
+        {
+            "ventricle": [4, 43],
+            "thalamus": [10, 49],
+            "striatum": [11, 12, 50, 51],
+            "hippocampus": [17, 53],
+            "brain_stem": [16],
+        },
+        # Its affine is the identity, and its form that of FreeSurfer's.
+        axes="LIA",
+    ),
+}
+
 STUDIES: dict[str, dict[str, Source]] = {
     "tumour": {
         f"glioma-{n}": Source(
@@ -58,31 +85,11 @@ STUDIES: dict[str, dict[str, Source]] = {
         )
         for n in ("07", "19")
     },
-    "structures": {
-        "oasis-a": Source(
-            "mri/oasis_1mm/subjA_T1.nii.gz",
-            "mri/oasis_1mm/subjA_labels13.nii.gz",
-            {
-                "ventricle": [3],
-                "thalamus": [1],
-                "striatum": [5, 6],
-                "hippocampus": [8],
-                "brain_stem": [13],
-            },
-        ),
-        "vxm": Source(
-            "mri/healthy_iso/vxm_test_scan_T1_1mm.nii.gz",
-            "mri/healthy_iso/vxm_test_scan_aseg.nii.gz",
-            {
-                "ventricle": [4, 43],
-                "thalamus": [10, 49],
-                "striatum": [11, 12, 50, 51],
-                "hippocampus": [17, 53],
-                "brain_stem": [16],
-            },
-            # Its affine is the identity, and its form that of FreeSurfer's.
-            axes="LIA",
-        ),
+    "structures": _STRUCTURES,
+    # One subject is enough to learn what is dark on T1: here thin slices can decide, not what is found at all.
+    "ventricle": {
+        case: source._replace(classes={"ventricle": (source.classes or {})["ventricle"]})
+        for case, source in _STRUCTURES.items()
     },
 }
 """Study and case to its files. All cases of a study have the same classes in the same order."""
