@@ -37,10 +37,11 @@ method does, and nothing clinical.
 
 Protocol: {protocol}. min_island_fraction is {fraction:g}.
 
-Budgets per network, equal for all: {budgets}. `nearest` repeats the mask of a thick slice, `signed distance`
+Budgets per network, equal for all: {budgets}; the variants with a learning rate of {rate:g}, so that all stay
+near the network that they start from. `nearest` repeats the mask of a thick slice, `signed distance`
 interpolates its shape, `thin head` is the network's own mask on thin slices (that of `{plain}` was never trained: it
-interpolates the logits). `{plain}` is the network for thick slices
-alone, `{upper}` the upper bound; `perfect thick mask` is what the best segmentation of thick slices could give.
+interpolates the logits). `{plain}` is the network for thick slices alone, `{upper}` the upper bound; `perfect thick
+mask` is what the best segmentation of thick slices could give.
 `thick_dice` of the thin head is that of its probabilities averaged over a slice.
 """
 
@@ -75,6 +76,12 @@ def main() -> None:
     parser.add_argument("--start-iterations", type=int, default=1000)
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=0.0005,
+        help="of the variants; at that of the start, 0.002, they leave what they share and differ by chance",
+    )
+    parser.add_argument(
         "--min-island-fraction",
         type=float,
         default=0.1,
@@ -105,6 +112,7 @@ def main() -> None:
             output,
             case,
             budgets,
+            learning_rate=arguments.learning_rate,
             ratio=arguments.ratio,
             min_island_fraction=arguments.min_island_fraction,
             classes=written_classes(arguments.study),
@@ -115,7 +123,11 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         found = pool.map(lambda fold: fold.run(variants, {**os.environ, **threads}), folds)
         rows = [row for one in found for row in one]
-    setting = {"protocol": PROTOCOL, "min_island_fraction": arguments.min_island_fraction}
+    setting = {
+        "protocol": PROTOCOL,
+        "min_island_fraction": arguments.min_island_fraction,
+        "learning_rate": arguments.learning_rate,
+    }
     write_json(output / "masks.json", {**setting, "rows": rows})
     print(mask_table(rows))
     if arguments.report:
@@ -125,6 +137,7 @@ def main() -> None:
             command=f"python -m benchmarks.quality.segmentation {arguments.study} ...",
             protocol=PROTOCOL,
             fraction=arguments.min_island_fraction,
+            rate=arguments.learning_rate,
             budgets=", ".join(f"{count} iterations ({name})" for name, count in budgets.items()),
             plain=PLAIN,
             upper=UPPER_BOUND,
@@ -161,6 +174,7 @@ class Fold:
         case: str,
         budgets: Mapping[str, int],
         *,
+        learning_rate: float,
         ratio: float,
         min_island_fraction: float,
         classes: Mapping[str, Sequence[int]],
@@ -168,6 +182,7 @@ class Fold:
         self.thick, self.case, self.folder = output / "thick", case, output / case
         self.classes = dict(classes)
         self.budgets, self.ratio, self.min_island_fraction = dict(budgets), ratio, min_island_fraction
+        self.learning_rate = learning_rate
         self.environment: dict[str, str] = {}
 
     def run(
@@ -192,6 +207,7 @@ class Fold:
         common = {
             "iterations": self.budgets["variants"],
             "initial_weights": self.folder / START / "model.pt",
+            "learning_rate": self.learning_rate,
             "seed": 1,
         }
         for name, settings in variants.items():

@@ -62,6 +62,8 @@ def test_every_step_knows_the_classes_of_the_study(commands, tmp_path, monkeypat
     given = ["structures", str(tmp_path / "out"), "--cases", "vxm"]
     monkeypatch.setattr(sys, "argv", ["segmentation", *given])
     segmentation.main()
+    assert commands.asked["ours"]["learning_rate"] == commands.asked["plain"]["learning_rate"] == 0.0005
+    assert "learning_rate" not in commands.asked["start"]
     names = ["ventricle", "thalamus", "striatum", "hippocampus", "brain_stem"]
     for step in ("labels", "pseudo", "trained on true thin slices", "comparison"):
         assert list(commands.asked[step]["classes"]) == names
