@@ -37,6 +37,9 @@ _MOST_SLICES = 32767  # The longest axis that NIfTI-1 can hold.
 RATIO_LIMIT = 1.2
 """Below this ratio of slice spacing to in-plane spacing a volume counts as isotropic already."""
 
+_EQUAL_SPACING = 1e-3
+"""Relative difference up to which two spacings are one."""
+
 
 def validate_affine(affine: npt.ArrayLike, *, name: str = "image") -> FloatArray:
     """Return the affine as a float64 4 x 4 array, or say why it cannot be used.
@@ -97,8 +100,9 @@ def slice_axis(affine: npt.ArrayLike, *, force: bool = False, name: str = "image
         0
     """
     spacing = spacing_of(validate_affine(affine, name=name))
-    # The last of equal axes wins: an isotropic volume that is forced through is taken as axial.
-    axis = int(2 - np.argmax(spacing[::-1]))
+    # The last of equal axes wins: an isotropic volume that is forced through is taken as axial. Equal but for rounding:
+    # the float32 of a header must not decide, which differs from one writer to the next.
+    axis = int(np.flatnonzero(spacing >= spacing.max() * (1 - _EQUAL_SPACING))[-1])
     in_plane = float(np.delete(spacing, axis).max())
     ratio = float(spacing[axis]) / in_plane
     if ratio < RATIO_LIMIT and not force:

@@ -335,3 +335,9 @@ def test_a_target_coarser_than_the_slices_is_refused(wanted, text):
 def test_slices_finer_than_the_plane_are_refused_without_a_target():
     with pytest.raises(SettingError, match="target_spacing_mm 2 is coarser than the slices of 1 mm"):
         refinement_ratio(np.diag([2.0, 2, 1, 1]), axis=2)
+
+
+def test_rounding_does_not_choose_among_equal_spacings():
+    for spacing in ([1.00000004, 1.00000003, 0.99999999], [0.99999998, 0.99999997, 0.99999999]):
+        assert slice_axis(np.diag([*spacing, 1.0]), force=True) == 2
+    assert slice_axis(np.diag([1.01, 1.0, 1.0, 1.0]), force=True) == 0
