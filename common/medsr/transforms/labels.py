@@ -87,7 +87,7 @@ class ClassesToChannelsd(MapTransform):
         ``(1, X, Y, Z)`` to ``(len(classes), X, Y, Z)``.
 
     Raises:
-        DataError: if the mask holds a value that no class declares, or without classes one above 1.
+        DataError: if the mask has several channels or a value that no class declares, or without classes one above 1.
         SettingError: if a value is declared twice or as foreground 0.
 
     Example:
@@ -127,8 +127,13 @@ class ClassesToChannelsd(MapTransform):
                         f"{{'tumour': [{highest:g}]}}"
                     )
                 continue
+            if len(mask) != 1:
+                raise DataError(
+                    f"{loaded_name(mask, key)}: {len(mask)} channels, and one with the number of the class is wanted; "
+                    "save it as one mask"
+                )
             declared = [value for values in self.classes.values() for value in values]
-            values = mask[:1].as_tensor() if isinstance(mask, MetaTensor) else mask[:1]
+            values = mask.as_tensor() if isinstance(mask, MetaTensor) else mask
             whole = torch.where((values - values.round()).abs() < _ROUNDING, values.round(), values)
             foreign = [value for value in torch.unique(whole).tolist() if value not in (0, *declared)]
             if foreign:

@@ -94,3 +94,9 @@ def test_values_of_a_drawn_mask_do_not_pass_for_probabilities():
 def test_classes_that_cannot_be_told_apart_are_refused(classes):
     with pytest.raises(SettingError, match="distinct values"):
         ClassesToChannelsd("label", classes)
+
+
+def test_a_mask_of_several_channels_is_refused():
+    mask = MetaTensor(torch.zeros(3, 2, 2, 2), meta={"filename_or_obj": "folder/a.nii.gz"})
+    with pytest.raises(DataError, match=r"a\.nii\.gz: 3 channels, .* save it as one mask"):
+        ClassesToChannelsd("label", {"lesion": [1]})({"label": mask})
