@@ -15,6 +15,7 @@ from medsr import catalog
 from medsr.engines.frame_comparison import with_facts
 from medsr.networks.spp_linknet import SPPLinkNet
 from medsr.networks.stereo_fmen import StereoFMEN
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.networks.nets import FlexibleUNet
 from PIL import Image
 
@@ -188,6 +189,25 @@ def test_folds_go_on_where_they_stopped(medsr, frames, tmp_path):
     status, (line,) = medsr(frames, out=out, config=config, settings=(*settings, "seed=1"))
     assert status != 0
     assert "holds a cross-validation with other settings" in line
+
+
+@pytest.mark.parametrize(
+    ("overlays", "given", "sizes"),
+    [([], {}, [0.6, 1.0]), (["parts.json"], {}, [1.0]), (["parts.json"], {"sizes": [0.5]}, [0.5])],
+)
+def test_folds_are_scored_at_the_sizes_of_inference(frames, tmp_path, overlays, given, sizes):
+    root = catalog.bundle_root(NAME) / "configs"
+    files = [str(root / name) for name in ("train.json", *overlays, "cross_validate.json")]
+    settings = {"dataset_dir": str(frames), "overlays": overlays, "folds": 3, **given}
+    workflow = ConfigWorkflow(
+        files, logging_file=False, workflow_type=None, output_dir=str(tmp_path), **settings
+    )
+    workflow.initialize()
+    folds = workflow.parser.get_parsed_content("cross_validation")
+    assert folds.evaluate_settings["mirror"] is False
+    scoring = ConfigParser(ConfigParser.load_config_files([str(root / name) for name in folds.evaluate]))
+    scoring.update(folds.evaluate_settings)
+    assert scoring["sizes"] == sizes
 
 
 @pytest.mark.slow

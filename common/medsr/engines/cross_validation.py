@@ -17,6 +17,7 @@ from monai.utils import ensure_tuple
 from medsr.engines.frame_comparison import frame_table
 from medsr.engines.runner import one_line_errors
 from medsr.errors import DataError, SettingError
+from medsr.io.cases import input_digest
 from medsr.io.masks import find_labelled_frames, frames_of_groups, group_of, read_mask
 from medsr.io.writing import probe_folder, write_json
 from medsr.metrics.frames import over_folds, summary
@@ -178,8 +179,8 @@ class CrossValidation:
 
     The work is done by configs of a bundle, in this process, one after the other. A fold lies in ``fold<n>/training``
     and ``fold<n>/scores``, which have these names only once they are complete: what was done is not done again, so
-    that a run that was stopped goes on. ``cross_validation.json`` holds the scores of every fold, over all frames of
-    all folds, and mean and standard deviation over the folds.
+    that a run that was stopped goes on, with the same settings, frames and masks. ``cross_validation.json`` holds the
+    scores of every fold, over all frames of all folds, and mean and standard deviation over the folds.
 
     ``monai.apps.CrossValidation`` was considered: it makes folds of items, not of groups, and leaves training,
     scoring and going on to the caller.
@@ -196,7 +197,7 @@ class CrossValidation:
         evaluate_settings: further ones of the scoring.
 
     Raises:
-        SettingError: for impossible folds, and if the folder holds a run with other settings.
+        SettingError: for impossible folds, and if the folder holds a run with other settings, frames or masks.
 
     Example:
         >>> cases = [{"case": "a-1"}, {"case": "b-1"}]
@@ -218,7 +219,7 @@ class CrossValidation:
         train_settings: Mapping[str, Any] | None = None,
         evaluate_settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folds, self.output = group_folds(cases, folds), Path(output)
+        self.cases, self.folds, self.output = list(cases), group_folds(cases, folds), Path(output)
         self.configs, self.train, self.evaluate = Path(configs), list(train), list(evaluate)
         self.train_settings = {**(common or {}), **(train_settings or {})}
         self.evaluate_settings = {**(common or {}), **(evaluate_settings or {})}
@@ -255,21 +256,33 @@ class CrossValidation:
         return result
 
     def _refuse_other_run(self) -> None:
-        """Folds of other settings must not be averaged with these."""
+        """Folds of other settings, frames or masks must not be averaged with these."""
         own = json.loads(
             json.dumps(
                 {
                     "folds": self.folds,
                     "train": [self.train, self.train_settings],
                     "evaluate": [self.evaluate, self.evaluate_settings],
+                    # A list: two folders may hold frames of one name.
+                    "frames": [[case["case"], input_digest(case)] for case in self.cases],
                 },
                 default=str,
             )
         )
         path = probe_folder(self.output) / "settings.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != own:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else own
+        if {**found, "frames": None} != {**own, "frames": None}:
             raise SettingError(
                 f"{self.output.name}: holds a cross-validation with other settings; choose another output_dir"
+            )
+        if found.get("frames") != own["frames"]:
+            then = found.get("frames", [])
+            other = next((one for one in own["frames"] if one not in then), None)
+            # Else some are gone, or were counted twice.
+            first = f" ({other[0]} first)" if other else ""
+            raise SettingError(
+                f"{self.output.name}: holds a cross-validation of other frames or masks{first}; "
+                "choose another output_dir"
             )
         write_json(path, own)
 

@@ -178,6 +178,33 @@ def test_what_is_done_is_not_done_again(configs, tmp_path):
         validation(configs, out, speed=4).run()
 
 
+def test_other_masks_of_the_same_names_are_refused(configs, tmp_path):
+    data, out = write_folder(tmp_path / "data", "a-1", "b-1", "c-1"), tmp_path / "out"
+    files = {"configs": configs, "train": ["train.json"], "evaluate": ["evaluate.json"]}
+
+    def run() -> dict[str, Any]:
+        return CrossValidation(frame_items(data), out, **files).run()
+
+    first = run()
+    assert run() == first
+    mask = data / "labels" / "b-1.png"
+    Image.new("L", (4, 4), 10).save(mask)
+    with pytest.raises(
+        SettingError, match=r"out: .*other frames or masks \(b-1 first\); choose another output"
+    ):
+        run()
+    Image.new("L", (4, 4)).save(mask)
+    assert run() == first
+    # Folds that are named stay, though one of the groups has other frames.
+    files["folds"] = [["a"], ["b", "c"]]
+    out = tmp_path / "named"
+    run()
+    for part in ("images", "labels"):
+        (data / part / "c-1.png").rename(data / part / "c-2.png")
+    with pytest.raises(SettingError, match=r"named: .*other frames or masks \(c-2 first\)"):
+        run()
+
+
 def test_a_step_that_fails_leaves_no_result(configs, tmp_path):
     (configs / "evaluate.json").write_text('{"run": ["$1 / 0"]}')
     with pytest.raises(RuntimeError):
