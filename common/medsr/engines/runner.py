@@ -33,6 +33,7 @@ from medsr.transforms.stereo import refuse_unequal_views
 __all__ = [
     "check_settings",
     "check_weights",
+    "compared_weights",
     "load_weights",
     "named_networks",
     "one_line_errors",
@@ -43,6 +44,9 @@ __all__ = [
 
 _COMPRESSION = 10
 """How much smaller than its voxels a result may be on the disk: of a skull-stripped scan most is one value."""
+
+_METHODS = {"bicubic", "lanczos", "perfect thick mask", "sharp"}
+"""Names that the tables of evaluations have for what is no network."""
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -66,7 +70,7 @@ def one_line_errors(function: _Function) -> _Function:
 
 
 @one_line_errors
-def check_settings(device: str | torch.device | None = None) -> None:
+def check_settings(device: str | torch.device | None = None, unused: Sequence[str] = ()) -> None:
     """Refuse a misspelt setting, which MONAI would accept in silence, and a device that is not here.
 
     The first step of every ``run``: from here on a program that was started from the command line reports any
@@ -74,9 +78,13 @@ def check_settings(device: str | torch.device | None = None) -> None:
 
     Args:
         device: where the run is to compute; tried before anything is read.
+        unused: settings of the configs below an overlay that it does not use.
     """
     _behave_as_program()
     catalog.check_overrides()
+    idle = sorted({*unused} & {*catalog.overrides_in(sys.argv)[1]})
+    if idle:
+        raise SettingError(f"{idle[0]} is not used by this combination of configs; leave it out")
     if device is not None:
         _refuse_absent(device)
 
@@ -231,7 +239,10 @@ def _refuse_same_folder(
     output = Path(output_dir).expanduser().absolute()
     given = [folder.absolute() for folder in map(Path, inputs) if folder.is_dir()]
     files = [Path(value) for case in cases for key, value in case.items() if key not in ("case", "error")]
-    inside = {file.parent for file in files if any(map(file.is_relative_to, given))}
+    # A series is a folder itself.
+    inside = {
+        file if file.is_dir() else file.parent for file in files if any(map(file.is_relative_to, given))
+    }
     if output.is_dir() and any(output.samefile(folder) for folder in {*given, *inside} if folder.is_dir()):
         raise OutputError(
             f"{output.name}: the results would lie among the inputs, where a later run could take them for "
@@ -353,9 +364,31 @@ def named_networks(network: nn.Module, weights: Mapping[str, str | Path]) -> dic
 
     Raises:
         WeightsError: if a file does not fit.
+        SettingError: for a name that a table has for something else.
 
     Example:
         >>> named_networks(nn.Linear(1, 1), {})
         {}
     """
+    taken = sorted(_METHODS & weights.keys())
+    if taken:
+        raise SettingError(
+            f"'{taken[0]}' is the name of what networks are compared with; choose another name"
+        )
     return {name: load_weights(path, copy.deepcopy(network)).eval() for name, path in weights.items()}
+
+
+@one_line_errors
+def compared_weights(weights: str | Path, others: Mapping[str, str | Path]) -> dict[str, str | Path]:
+    """Weights of a bundle, called ``network`` in tables, before those that they are compared with.
+
+    Raises:
+        SettingError: if others have that name.
+
+    Example:
+        >>> compared_weights("models/model.pt", {"longer": "runs/train/model.pt"})
+        {'network': 'models/model.pt', 'longer': 'runs/train/model.pt'}
+    """
+    if "network" in others:
+        raise SettingError("compare: 'network' is the name of weights; choose another name")
+    return {"network": weights, **others}

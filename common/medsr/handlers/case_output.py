@@ -103,6 +103,8 @@ class CaseOutput:
             makes of the case are there.
         layout: where the result of a case and a suffix goes, below the folder.
         write: writes a result to a path, whole or not at all; it is given the postprocessed item as well.
+        alone: refuse folders with results of other cases: for what is read as a whole afterwards, such as a training
+            folder, where a case that is left out now would stay.
         draw: makes the figure from a postprocessed item and the facts of the inferer; see
             :mod:`medsr.handlers.qc_figure`.
 
@@ -118,12 +120,14 @@ class CaseOutput:
         figure: bool = True,
         *,
         overwrite: bool = False,
+        alone: bool = False,
         layout: str = "{case}_{suffix}.nii.gz",
         write: Callable[[Path, Any, Mapping[str, Any]], Any] = write_volume,
         draw: Callable[[Mapping[str, Any], Mapping[str, Any]], Figure] = superres_figure,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.figure, self.overwrite = as_flag("figure", figure), as_flag("overwrite", overwrite)
+        self.alone = as_flag("alone", alone)
         self.layout, self.write_result, self.draw = layout, write, draw
         self.suffixes = dict(suffixes or {"pred": "superres", "uncertainty": "uncertainty"})
         self.written: dict[str, list[str]] = {}
@@ -166,6 +170,42 @@ class CaseOutput:
                         path.unlink()
             raise
         self.written[case] = [path.relative_to(self.output_dir).as_posix() for path in before]
+
+    def refuse_others(self, items: Sequence[Mapping[str, str]]) -> None:
+        """Refuse results of other cases, if they are to be ``alone``, whatever ``overwrite`` says.
+
+        Raises:
+            OutputError: naming one of them.
+        """
+        if not self.alone:
+            return
+        wanted = {self.output_dir / name for item in items for name in self._names(item["case"]).values()}
+        for folder in sorted({path.parent for path in wanted}):
+            for path in sorted(folder.glob(f"*{self.layout.partition('{case}')[2]}")):
+                if path not in wanted and not path.name.startswith("."):
+                    raise OutputError(
+                        f"{path.relative_to(self.output_dir).as_posix()}: is there from an earlier run, and its "
+                        "case is not one of this run; remove it or choose another output folder"
+                    )
+
+    def refuse_inputs(self, items: Sequence[Mapping[str, str]]) -> None:
+        """Refuse to replace what is about to be read, whatever ``overwrite`` says.
+
+        Raises:
+            OutputError: naming the file.
+        """
+        given = {
+            Path(value).resolve()
+            for item in items
+            for key, value in item.items()
+            if key not in ("case", "error") and isinstance(value, (str, Path))
+        }
+        for case in (item["case"] for item in items):
+            for name in (*self._names(case).values(), *self._figures(case)):
+                if (self.output_dir / name).resolve() in given:
+                    raise OutputError(
+                        f"{name}: the result of {case} would replace this input; choose another output folder"
+                    )
 
     def _names(self, case: str) -> dict[str, str]:
         return {key: self.layout.format(case=case, suffix=suffix) for key, suffix in self.suffixes.items()}
@@ -253,15 +293,20 @@ class RunReport:
         ``overwrite`` is set.
 
         Raises:
-            OutputError: if a finished case was made with other settings, weights or configs.
+            OutputError: if a finished case was made with other settings, weights or configs, and where a result would
+                replace an input or the report of another program.
         """
         self._digests = {
             item["case"]: {"input_digest": input_digest(item), "sidecar_digest": sidecar_digest(item)}
             for item in items
             if "error" not in item
         }
+        if self.output is not None:
+            self.output.refuse_inputs(items)
+            self.output.refuse_others(items)
         if self.output is None or self.output.overwrite:
             return list(items)
+        _refuse_foreign(self.output_dir / "report.json")
         earlier = _earlier_cases(self.output_dir / "report.json", self._conditions())
         left: list[Mapping[str, str]] = []
         for item in items:
@@ -409,6 +454,16 @@ def _earlier_cases(
             }
             kept[str(case)] = {**entry, "earlier_run": changed}
     return kept
+
+
+def _refuse_foreign(report: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(report.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "cases" not in content:
+            raise OutputError(
+                f"{report.name}: is there already, and of another program; choose another output folder or set "
+                "overwrite to true"
+            )
 
 
 def _sha256(path: str | Path) -> str | None:

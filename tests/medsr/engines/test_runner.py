@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from medsr.engines import runner
 from medsr.engines.runner import (
     check_settings,
     check_weights,
+    compared_weights,
     load_weights,
     named_networks,
     one_line_errors,
@@ -500,3 +502,35 @@ def test_pairs_are_checked_as_pairs(tmp_path, capsys):
     (folder / "b_left.png").unlink()
     (folder / "b_right.png").unlink()
     assert "c: there is no right view" in failure(capsys, preflight_pairs, str(folder), tmp_path / "out")[1]
+
+
+def test_results_do_not_lie_inside_a_series(tmp_path, capsys):
+    (tmp_path / "study" / "series").mkdir(parents=True)
+    series = tmp_path / "study" / "series"
+
+    def find(_: str) -> list[dict[str, str]]:
+        return [{"case": "series", "image": str(series)}]
+
+    code, line = failure(capsys, preflight, str(tmp_path / "study"), series, find=find)
+    assert code == OutputError.exit_code
+    assert "would lie among the inputs" in line
+
+
+def test_a_network_does_not_take_the_name_of_a_method(capsys):
+    code, line = failure(capsys, named_networks, nn.Linear(1, 1), {"bicubic": "model.pt"})
+    assert code == SettingError.exit_code
+    assert "'bicubic' is the name of what networks are compared with" in line
+    _, line = failure(capsys, compared_weights, "model.pt", {"network": "other.pt"})
+    assert "compare: 'network' is the name of weights" in line
+
+
+def test_a_setting_that_an_overlay_does_not_use_is_refused(tmp_path, monkeypatch, capsys):
+    config = tmp_path / "train.json"
+    config.write_text('{"stage": "plain", "seed": 0, "run": []}')
+    words = ["-m", "monai.bundle", "run", "--config_file", str(config), "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    check_settings(unused=["stage"])
+    monkeypatch.setattr(sys, "argv", [*words, "--stage", "uncertainty"])
+    code, line = failure(capsys, check_settings, None, ["stage"])
+    assert code == SettingError.exit_code
+    assert "stage is not used by this combination of configs; leave it out" in line

@@ -632,3 +632,33 @@ def test_whole_numbers_are_stored_as_such(tmp_path):
     import nibabel
 
     assert nibabel.load(tmp_path / "a_seg.nii.gz").get_data_dtype() == np.uint8
+
+
+def test_a_report_of_another_program_is_not_replaced(tmp_path):
+    report, items = tmp_path / "report.json", [{"case": "a"}]
+    report.write_text('{"pages": 3}')
+    with pytest.raises(OutputError, match=r"report\.json: is there already, and of another program"):
+        pending(tmp_path, items)
+    assert pending(tmp_path, items, overwrite=True) == items
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_result_replaces_an_input(tmp_path, overwrite):
+    items = [{"case": name, "image": str(tmp_path / f"{name}.nii.gz")} for name in ("t2", "t2_superres")]
+    for one in items:
+        Path(one["image"]).write_bytes(b"scan")
+    with pytest.raises(OutputError, match=r"t2_superres\.nii\.gz: the result of t2 would replace this input"):
+        pending(tmp_path, items, overwrite=overwrite)
+    assert pending(tmp_path / "out", items, overwrite=overwrite) == items
+
+
+def test_what_is_read_as_a_whole_holds_no_case_of_an_earlier_run(tmp_path):
+    for case in ("a", "b"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{case}.nii.gz").write_bytes(b"volume")
+    layout = {"layout": "{suffix}/{case}.nii.gz", "suffixes": {"pred": "images"}, "overwrite": True}
+    both = [{"case": "a"}, {"case": "b"}]
+    assert pending(tmp_path, both, alone=True, **layout) == both
+    assert pending(tmp_path, both[:1], **layout) == both[:1]
+    with pytest.raises(OutputError, match=r"images/b\.nii\.gz: is there from an earlier run"):
+        pending(tmp_path, both[:1], alone=True, **layout)
