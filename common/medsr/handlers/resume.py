@@ -27,6 +27,7 @@ from torch.utils.data import BatchSampler
 from medsr.errors import SettingError, WeightsError
 from medsr.handlers.recycling import RecycleDormantUnits
 from medsr.handlers.training import BudgetSchedule, RunRecord
+from medsr.io.cases import input_digest
 from medsr.io.writing import atomic_path
 from medsr.settings import as_flag
 
@@ -38,7 +39,7 @@ _CONTENT = {"settings", "trainer", "parts", "random"}
 _MAY_CHANGE = {"cached", "device", "iterations", "minutes", "resume", "workers"}
 """Settings that change how fast a training runs, and how long."""
 
-_ADVICE = "give the same settings, or leave out --resume to start anew"
+_ADVICE = "give the same settings and images, or leave out --resume to start anew"
 _Drawer = np.random.RandomState | np.random.Generator
 
 
@@ -155,6 +156,7 @@ class TrainingState:
         settings = {
             **{key: _content(value) for key, value in given.items() if not _may_change(key)},
             "learning_rate": self.schedule.learning_rate,
+            "content of images": _content_of_images(engine.data_loader.dataset),
             "number of images": len(engine.data_loader.dataset),
         }
         # As they will be read again.
@@ -308,6 +310,30 @@ def _content(value: Any) -> Any:
     if isinstance(value, str) and value and Path(value).is_file():
         return f"SHA-256 {hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]}"
     return value
+
+
+def _content_of_images(dataset: object) -> str | None:
+    """Of all files and folders that the items of a dataset name, masks included; None if they name none."""
+    data = getattr(dataset, "data", None)
+    items = data if isinstance(data, Sequence) else []
+    named = [
+        {key: value for key, value in item.items() if _is_there(value)}
+        for item in items
+        if isinstance(item, Mapping)
+    ]
+    if not any(named):
+        return None
+    # In their order, because the sampler draws by it.
+    digests = " ".join(input_digest(paths) for paths in named)
+    return f"SHA-256 {hashlib.sha256(digests.encode()).hexdigest()[:16]}"
+
+
+def _is_there(value: object) -> bool:
+    if not isinstance(value, (str, Path)):
+        return False
+    path = Path(value)
+    # The name of a case or a group may be that of a folder where the training was started.
+    return path.is_file() or (path.is_absolute() and path.is_dir())
 
 
 def _is_frozen(part: object) -> bool:

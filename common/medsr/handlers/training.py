@@ -198,22 +198,13 @@ class WeightSaver:
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
         engine.add_event_handler(Events.COMPLETED, self)
         engine.add_event_handler(Events.TERMINATE, self)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._on_exception)
-        # Raising the error again ends its handling: that comes last, when every saver has had its turn.
-        if engine.has_event_handler(_raise_again, Events.EXCEPTION_RAISED):
-            engine.remove_event_handler(_raise_again, Events.EXCEPTION_RAISED)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, _raise_again)
+        _attach_to_exceptions(engine, self)
 
     def __call__(self, engine: Engine | None = None) -> None:
         """Save now."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         network = self.network if self.form is None else self.form(self.network)
         save_weights(network.state_dict(), self.path, dtype=self.dtype)
-
-    def _on_exception(self, engine: Engine, error: BaseException) -> None:
-        # What fails at once has learnt nothing, and must not replace the weights of an earlier run.
-        if engine.state.iteration > 1:
-            self(engine)
 
 
 class RunRecord:
@@ -253,6 +244,7 @@ class RunRecord:
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
         engine.add_event_handler(Events.COMPLETED, self)
         engine.add_event_handler(Events.TERMINATE, self)
+        _attach_to_exceptions(engine, self)
 
     def state_dict(self) -> dict[str, Any]:
         """What is recorded so far."""
@@ -299,6 +291,21 @@ class RunRecord:
         for name, value in terms.items():
             # A term that joins late, as an adversary after the warm-up, has its own count.
             self._values.setdefault(name, []).append(float(value))
+
+
+def _attach_to_exceptions(engine: Engine, save: Callable[[Engine], None]) -> None:
+    """Save when a training is stopped or fails: weights and record alike, so that they belong together."""
+
+    def on_exception(engine: Engine, error: BaseException) -> None:
+        # What fails at once has learnt nothing, and must not replace the weights of an earlier run.
+        if engine.state.iteration > 1:
+            save(engine)
+
+    engine.add_event_handler(Events.EXCEPTION_RAISED, on_exception)
+    # Raising the error again ends its handling: that comes last, when all have had their turn.
+    if engine.has_event_handler(_raise_again, Events.EXCEPTION_RAISED):
+        engine.remove_event_handler(_raise_again, Events.EXCEPTION_RAISED)
+    engine.add_event_handler(Events.EXCEPTION_RAISED, _raise_again)
 
 
 def _precision(engine: Engine) -> str:

@@ -77,6 +77,7 @@ class Trial:
         *,
         features: int = 3,
         images: int = 4,
+        file: Path | None = None,
         batches: int = TOTAL,
         weighted: bool = False,
         resume: bool | str = False,
@@ -104,6 +105,7 @@ class Trial:
         optimizer = torch.optim.Adam(trained.parameters(), 0.01)
         drawn = torch.Generator().manual_seed(0)
         data = [{"image": torch.rand(1, 12, 12, generator=drawn)} for _ in range(images)]
+        data = [{**item, "file": str(file)} if file else item for item in data]
         transform = Compose(
             [
                 RandSpatialCropd("image", 8, random_size=False),
@@ -361,6 +363,16 @@ def refusal(folder: Path, error: type[MedsrError] = SettingError, **settings: An
 def test_a_state_of_another_training_is_refused(tmp_path, settings, words):
     interrupted(tmp_path, stop=3)
     assert words in refusal(tmp_path, **settings)
+
+
+def test_images_are_known_by_what_they_hold(tmp_path):
+    files = [tmp_path / folder / "a.png" for folder in ("first", "other", "moved")]
+    for file, content in zip(files, (b"1", b"2", b"1"), strict=True):
+        file.parent.mkdir()
+        file.write_bytes(content)
+    interrupted(tmp_path, stop=3, file=files[0])
+    assert "was made with content of images" in refusal(tmp_path, file=files[1])
+    assert Trial(tmp_path, resume=True, file=files[2]).run().trainer.state.iteration == TOTAL
 
 
 @pytest.mark.parametrize("weighted", [False, True])

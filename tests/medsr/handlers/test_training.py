@@ -298,6 +298,20 @@ def test_every_saver_saves_when_the_training_breaks_off(tmp_path, caplog):
         assert float(torch.load(saver.path, weights_only=True)["weight"]) == trial.weight
 
 
+def test_a_record_belongs_to_the_weights_that_a_stopped_training_leaves(tmp_path, caplog):
+    for iterations, attached in ((3, 1), (4, -1)):
+        trial = Trial()
+        saver = WeightSaver(trial.network, tmp_path / "model.pt")
+        record = RunRecord(tmp_path / "train_record.json", settings={"seed": iterations})
+        with caplog.at_level(logging.CRITICAL), pytest.raises(KeyboardInterrupt, match="stop"):
+            trial.run(*[record, saver][::attached], stop_in(iterations))
+        found = json.loads((tmp_path / "train_record.json").read_text())
+        assert found["iterations"] == iterations
+        assert found["settings"] == {"seed": iterations}
+        assert float(torch.load(tmp_path / "model.pt", weights_only=True)["weight"]) == trial.weight
+    assert json.loads((tmp_path / "train_record_earlier.json").read_text())["iterations"] == 3
+
+
 def test_a_training_that_fails_at_once_leaves_the_weights_of_an_earlier_one(tmp_path, caplog):
     before = save_weights({"weight": torch.zeros(1, 1)}, tmp_path / "model.pt")
     trial = Trial()
