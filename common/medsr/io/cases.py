@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medsr.errors import DataError
-from medsr.io.dicom import is_dicom_series, read_series, read_series_header
+from medsr.io.dicom import is_dicom_series, read_series, read_series_header, series_files
 from medsr.io.links import refuse_leaving_link
 from medsr.io.nifti import VolumeHeader, read_nifti, read_nifti_header, sidecar_path
 from medsr.settings import as_flag
@@ -397,7 +397,7 @@ def _expand(path: Path, *, follow_links: bool | None) -> list[Path]:
 
 
 def _tell_what_is_left_out(folder: Path, found: Sequence[Path]) -> None:
-    """Volumes of other formats, and folders inside that hold NIfTI files: nobody should miss them silently."""
+    """Volumes of other formats, and folders inside that hold volumes: nobody should miss them silently."""
     name = _name(folder)
     unread, deeper = [], []
     # What is a case is not left out, and the files of a series need not be listed again.
@@ -406,17 +406,18 @@ def _tell_what_is_left_out(folder: Path, found: Sequence[Path]) -> None:
             continue
         if _suffix(child, _UNREAD) and child.is_file():
             unread.append(child.name)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, DataError):
             # Results of ours may lie among the inputs.
             if child.is_symlink() or not child.is_dir() or (child / "report.json").exists():
                 continue
-            if any(_suffix(inner) for inner in child.iterdir()):
+            if any(_suffix(inner) or is_dicom_series(inner) for inner in child.iterdir()):
                 deeper.append(child.name)
     if unread:
         warn_once(f"{name}: {len(unread)} volumes are left out, {unread[0]} first; convert them to NIfTI")
     if deeper:
         warn_once(
-            f"{name}: {len(deeper)} folders with NIfTI files are left out, {deeper[0]} first; run them by name"
+            f"{name}: {len(deeper)} folders with NIfTI files or DICOM series inside are left out, {deeper[0]} first; "
+            "run them by name"
         )
 
 
@@ -446,7 +447,7 @@ def input_digest(item: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for path in (Path(value) for key, value in sorted(item.items()) if key != "case"):
         with contextlib.suppress(OSError):
-            for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            for file in series_files(path) if path.is_dir() else [path]:
                 digest.update(_sample(file))
     return digest.hexdigest()[:16]
 

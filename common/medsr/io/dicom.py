@@ -27,7 +27,7 @@ from medsr.geometry import FloatArray, validate_affine
 from medsr.io.links import refuse_leaving_link
 from medsr.io.nifti import VolumeHeader, refuse_constant, refuse_oversize
 
-__all__ = ["is_dicom_series", "read_series", "read_series_header"]
+__all__ = ["is_dicom_series", "read_series", "read_series_header", "series_files"]
 
 _TAGS = [
     "SOPClassUID",
@@ -107,13 +107,16 @@ def is_dicom_series(folder: str | os.PathLike[str]) -> bool:
         False
     """
     folder = Path(folder)
-    return folder.is_dir() and any(
-        not path.name.startswith(".")
-        and path.name.upper() != "DICOMDIR"
-        and path.is_file()
-        and _looks_like_dicom(path) is not None
-        for path in sorted(folder.iterdir())
-    )
+    return folder.is_dir() and any(_looks_like_dicom(path) is not None for path in series_files(folder))
+
+
+def series_files(folder: Path) -> list[Path]:
+    """Files of a folder that may be slices, sorted: neither hidden ones nor the index of a disc."""
+    return [path for path in sorted(folder.iterdir()) if _may_be_slice(path)]
+
+
+def _may_be_slice(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name.upper() != "DICOMDIR" and path.is_file()
 
 
 def read_series_header(
@@ -256,7 +259,7 @@ def _scan(folder: Path, *, follow_links: bool | None) -> tuple[list[_Image | _Re
         if path.is_symlink() and not path.exists() and not path.name.startswith("."):
             # It may be a slice that was not fetched.
             raise DataError(f"{path.name}: a link to a file that is not there")
-        if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
+        if not _may_be_slice(path):
             skipped += 1
             continue
         refuse_leaving_link(path, follow_links=follow_links, instead="put a copy there instead")
@@ -369,6 +372,8 @@ def _facts(path: Path, dataset: Any, preamble: bool, stopped: int) -> _Image | N
         raise DataError(
             f"{name}: multi-frame (enhanced) DICOM is not supported yet; convert it to NIfTI with dcm2niix"
         )
+    if "MOSAIC" in _text(dataset, "ImageType"):
+        raise DataError(f"{name}: a mosaic of many slices in one image; convert it to NIfTI with dcm2niix")
     photometric = _text(dataset, "PhotometricInterpretation")
     samples = int(dataset.get("SamplesPerPixel") or 1)
     if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
@@ -642,6 +647,12 @@ def _in_order(images: list[_Image], name: str, notes: list[str]) -> list[_Image]
                     f"{name}: the same {len(groups)} positions occur {len(group)} times with different "
                     "pixels "
                     "(temporal phases, echoes or b-values); split the series first"
+                )
+            several = sum(len(g) > 1 for g in groups)
+            if several > 1:
+                raise GeometryError(
+                    f"{name}: {several} of {len(groups)} positions occur more than once, with different pixels "
+                    "(temporal phases, echoes or b-values, some incomplete); split the series first"
                 )
             raise GeometryError(
                 f"{name}: two different images at one position, slice index {index} ({first.path.name}, "

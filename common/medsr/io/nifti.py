@@ -41,6 +41,7 @@ _GZIP_RATIO = 1032  # Deflate cannot expand a byte into more than this.
 _TRAILING_LIMIT = 2**24
 _HEADER_BYTES = 540  # The size of a NIfTI-2 header, the larger of the two.
 _SIDECAR_LIMIT = 2**24
+_LAST_CODE, _ALIGNED = 5, 2  # Of what a matrix refers to.
 _STEP_UNITS = {8: "sec", 16: "msec", 24: "usec", 32: "hz", 40: "ppm", 48: "rads"}
 
 
@@ -273,7 +274,7 @@ def _parse(path: Path) -> tuple[VolumeHeader, int, float, float]:
         ) from None
 
     notes: list[str] = []
-    affine = _affine(raw, name, notes)
+    affine, forms_differ = _affine(raw, name, notes)
     thickness = _sidecar(path, affine, notes)
     step = float(raw["pixdim"][4]) if len(shape) == 4 else 0.0
     header = VolumeHeader(
@@ -282,8 +283,9 @@ def _parse(path: Path) -> tuple[VolumeHeader, int, float, float]:
         affine=affine,
         dtype=dtype,
         slice_thickness_mm=thickness,
-        sform_code=int(raw["sform_code"]),
-        qform_code=int(raw["qform_code"]),
+        sform_code=_known_code(raw["sform_code"]),
+        # Results have one matrix in both forms, and must not say of the sform's that it is what the qform was.
+        qform_code=_known_code(raw["sform_code" if forms_differ else "qform_code"]),
         notes=tuple(notes),
         step=step if np.isfinite(step) and step > 0 else None,
         step_unit=_STEP_UNITS.get(int(raw["xyzt_units"]) & 0x38, "unknown"),
@@ -397,7 +399,14 @@ def _refuse_impossible(name: str, file_size: int, offset: int, size: int) -> Non
         )
 
 
-def _affine(raw: Any, name: str, notes: list[str]) -> FloatArray:
+def _known_code(code: Any) -> int:
+    """A code of the standard; what lies beyond it counts as aligned to something."""
+    return int(code) if 0 <= int(code) <= _LAST_CODE else _ALIGNED
+
+
+def _affine(raw: Any, name: str, notes: list[str]) -> tuple[FloatArray, bool]:
+    """Voxel-to-world matrix, and whether the qform has another one."""
+    differ = False
     unit = int(raw["xyzt_units"]) & 7
     if unit in (1, 3):
         raise GeometryError(
@@ -421,7 +430,8 @@ def _affine(raw: Any, name: str, notes: list[str]) -> FloatArray:
                     if qform is None
                     else f"sform and qform differ by up to {distance:.4g} mm"
                 )
-                notes.append(f"{by}; sform is used")
+                notes.append(f"{by}; sform is used, programs that use the qform show the input elsewhere")
+                differ = True
     elif qform_code > 0:
         if qform is None:
             raise GeometryError(
@@ -438,7 +448,7 @@ def _affine(raw: Any, name: str, notes: list[str]) -> FloatArray:
         notes.append(
             f"voxel sizes {_millimetres(sizes)} mm differ from the affine's {_millimetres(spacing)} mm"
         )
-    return affine
+    return affine, differ
 
 
 def _qform(raw: Any) -> FloatArray | None:

@@ -303,6 +303,15 @@ def test_a_case_is_known_by_all_of_its_files(tmp_path):
     assert input_digest(item) != before
 
 
+def test_what_a_file_browser_leaves_in_a_series_does_not_make_it_another(series):
+    folder = series()
+    before = input_digest({"case": "a", "image": str(folder)})
+    (folder / ".DS_Store").write_bytes(b"x")
+    assert input_digest({"case": "a", "image": str(folder)}) == before
+    next(folder.glob("*.dcm")).unlink()
+    assert input_digest({"case": "a", "image": str(folder)}) != before
+
+
 def test_volumes_that_are_not_read_are_not_left_out_silently(nifti, series, tmp_path, caplog):
     warn_once.cache_clear()
     folder = tmp_path / "study"
@@ -313,6 +322,8 @@ def test_volumes_that_are_not_read_are_not_left_out_silently(nifti, series, tmp_
     (folder / "sub").mkdir()
     nifti(name="b.nii").rename(folder / "sub" / "b.nii")
     series().rename(folder / "s")
+    (folder / "patient").mkdir()
+    series().rename(folder / "patient" / "series")
     (folder / "empty").mkdir()
     # Results of an earlier run are not missed.
     (folder / "superres").mkdir()
@@ -323,7 +334,7 @@ def test_volumes_that_are_not_read_are_not_left_out_silently(nifti, series, tmp_
             assert [item["case"] for item in find_cases(folder)] == ["a", "s"]
     assert [record.getMessage() for record in caplog.records] == [
         "study: 3 volumes are left out, E.NRRD first; convert them to NIfTI",
-        "study: 1 folders with NIfTI files are left out, sub first; run them by name",
+        "study: 2 folders with NIfTI files or DICOM series inside are left out, patient first; run them by name",
     ]
 
 

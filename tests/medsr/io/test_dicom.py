@@ -269,6 +269,17 @@ def test_two_phases(series):
 
     series(edit, prefix="phase")
     refused(folder, "12 positions occur 2 times.*phases")
+    # Of the second phase some slices were not exported: nobody should remove one by one.
+    for path in sorted(folder.glob("phase*"))[:2]:
+        path.unlink()
+    refused(folder, "10 of 12 positions occur more than once.*split the series first")
+
+
+def test_mosaics_are_not_taken_for_slices(series):
+    def edit(index, ds):
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]
+
+    refused(series(edit), "a mosaic of many slices in one image; convert it to NIfTI", DataError)
 
 
 def test_thickness_is_not_spacing(series):

@@ -11,6 +11,7 @@ import pytest
 from medsr.errors import DataError, GeometryError, MedsrError
 from medsr.io import nifti as module
 from medsr.io.nifti import read_nifti, read_nifti_header
+from medsr.io.writing import write_nifti
 
 
 def refused(path, fragment, kind=DataError, *, header=True):
@@ -229,6 +230,16 @@ def test_refuses_units_other_than_millimetres(nifti):
     refused(nifti(edit), "micron", GeometryError)
 
 
+def test_a_code_beyond_the_standard_can_be_written_again(nifti, tmp_path):
+    def edit(header):
+        header["sform_code"] = header["qform_code"] = 7
+
+    header = read_nifti_header(nifti(edit))
+    assert (header.sform_code, header.qform_code) == (2, 2)
+    codes = {"sform_code": header.sform_code, "qform_code": header.qform_code}
+    write_nifti(tmp_path / "out.nii", np.zeros(header.shape), affine=header.affine, **codes)
+
+
 def test_notes_that_sform_and_qform_differ(nifti):
     def edit(header):
         header["srow_x"] = [1, 0, 0, 25]
@@ -237,6 +248,8 @@ def test_notes_that_sform_and_qform_differ(nifti):
     assert header.affine[0, 3] == 25
     assert len(header.notes) == 1
     assert "differ by up to 25 mm; sform is used" in header.notes[0]
+    # A result has the matrix of the sform in both forms.
+    assert header.qform_code == header.sform_code
 
     def slightly(header):
         header["srow_x"] = [1, 0, 0, 5e-4]
