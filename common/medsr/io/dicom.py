@@ -14,7 +14,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,12 +107,14 @@ def is_dicom_series(folder: str | os.PathLike[str]) -> bool:
         False
     """
     folder = Path(folder)
-    return folder.is_dir() and any(_looks_like_dicom(path) is not None for path in series_files(folder))
+    return folder.is_dir() and next(series_files(folder), None) is not None
 
 
-def series_files(folder: Path) -> list[Path]:
-    """Files of a folder that may be slices, sorted: neither hidden ones nor the index of a disc."""
-    return [path for path in sorted(folder.iterdir()) if _may_be_slice(path)]
+def series_files(folder: Path) -> Iterator[Path]:
+    """Files of a folder that look like DICOM, sorted, without hidden ones and the index of a disc."""
+    for path in sorted(folder.iterdir()):
+        if _may_be_slice(path) and _looks_like_dicom(path) is not None:
+            yield path
 
 
 def _may_be_slice(path: Path) -> bool:
@@ -619,6 +621,12 @@ def _depths(images: list[_Image]) -> FloatArray:
     return np.asarray([np.dot(image.position or (), normal) for image in images], dtype=np.float64)
 
 
+def _is_copy(first: _Image, other: _Image) -> bool:
+    return np.allclose(first.position, other.position, rtol=0, atol=_SAME_DEPTH_MM) and np.array_equal(
+        _pixels(first), _pixels(other), equal_nan=True
+    )
+
+
 def _in_order(images: list[_Image], name: str, notes: list[str]) -> list[_Image]:
     """Images sorted along the normal, without copies of the same image."""
     depths = _depths(images)
@@ -636,9 +644,7 @@ def _in_order(images: list[_Image], name: str, notes: list[str]) -> list[_Image]
         first = group[0]
         for other in group[1:]:
             # The comparison reads pixels, but only of images that claim the same place.
-            if np.allclose(first.position, other.position, rtol=0, atol=_SAME_DEPTH_MM) and np.array_equal(
-                _pixels(first), _pixels(other), equal_nan=True
-            ):
+            if _is_copy(first, other):
                 dropped += 1
                 continue
             sizes = {len(g) for g in groups}
@@ -648,7 +654,7 @@ def _in_order(images: list[_Image], name: str, notes: list[str]) -> list[_Image]
                     "pixels "
                     "(temporal phases, echoes or b-values); split the series first"
                 )
-            several = sum(len(g) > 1 for g in groups)
+            several = sum(not all(_is_copy(g[0], one) for one in g[1:]) for g in groups)
             if several > 1:
                 raise GeometryError(
                     f"{name}: {several} of {len(groups)} positions occur more than once, with different pixels "

@@ -401,7 +401,7 @@ def _refuse_impossible(name: str, file_size: int, offset: int, size: int) -> Non
 
 def _known_code(code: Any) -> int:
     """A code of the standard; what lies beyond it counts as aligned to something."""
-    return int(code) if 0 <= int(code) <= _LAST_CODE else _ALIGNED
+    return int(code) if int(code) <= _LAST_CODE else _ALIGNED
 
 
 def _affine(raw: Any, name: str, notes: list[str]) -> tuple[FloatArray, bool]:

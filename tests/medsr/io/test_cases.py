@@ -271,7 +271,7 @@ def test_a_series_is_known_by_all_of_its_slices(tmp_path):
         for path in tmp_path.iterdir():
             path.unlink()
         for name, content in slices.items():
-            (tmp_path / name).write_bytes(content)
+            (tmp_path / name).write_bytes(bytes(128) + b"DICM" + content)
         return input_digest({"case": "a", "image": str(tmp_path)})
 
     found = [digest(a=b"1", b=b"2"), digest(a=b"1", b=b"3"), digest(a=b"1"), digest(a=b"1", c=b"2")]
@@ -306,7 +306,8 @@ def test_a_case_is_known_by_all_of_its_files(tmp_path):
 def test_what_a_file_browser_leaves_in_a_series_does_not_make_it_another(series):
     folder = series()
     before = input_digest({"case": "a", "image": str(folder)})
-    (folder / ".DS_Store").write_bytes(b"x")
+    for name in (".DS_Store", "Thumbs.db"):
+        (folder / name).write_bytes(b"x")
     assert input_digest({"case": "a", "image": str(folder)}) == before
     next(folder.glob("*.dcm")).unlink()
     assert input_digest({"case": "a", "image": str(folder)}) != before

@@ -259,6 +259,8 @@ def test_different_images_at_one_position(series):
 
     series(edit, prefix="other", count=4)
     refused(folder, "two different images at one position, slice index 3")
+    shutil.copy(folder / "im_005.dcm", folder / "copy.dcm")
+    refused(folder, "two different images at one position, slice index 3")
 
 
 def test_two_phases(series):
