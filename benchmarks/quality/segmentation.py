@@ -37,11 +37,10 @@ method does, and nothing clinical.
 
 Protocol: {protocol}. min_island_fraction is {fraction:g}.
 
-Budgets per network, equal for all: {budgets}; the variants with a learning rate of {rate:g}, so that all stay
-near the network that they start from. `nearest` repeats the mask of a thick slice, `signed distance`
-interpolates its shape, `thin head` is the network's own mask on thin slices (that of `{plain}` was never trained: it
-interpolates the logits). `{plain}` is the network for thick slices alone, `{upper}` the upper bound; `perfect thick
-mask` is what the best segmentation of thick slices could give.
+Budgets per network, equal for all: {budgets}; the learning rate of the variants is {rate:g}. `nearest` repeats
+the mask of a thick slice, `signed distance` interpolates its shape, `thin head` is the network's own mask on thin
+slices (that of `{plain}` was never trained: it interpolates the logits). `{plain}` is the network for thick slices
+alone, `{upper}` the upper bound; `perfect thick mask` is what the best segmentation of thick slices could give.
 `thick_dice` of the thin head is that of its probabilities averaged over a slice.
 """
 
