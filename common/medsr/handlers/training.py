@@ -210,7 +210,8 @@ class WeightSaver:
 class RunRecord:
     """Leaves ``train_record.json``: what was trained how long on what, and the history of the loss terms.
 
-    The record of an earlier training is kept as :class:`WeightSaver` keeps its weights.
+    The record of an earlier training is kept as :class:`WeightSaver` keeps its weights. Values that are not finite, as
+    of a batch that :class:`GradientGuard` skips, are left out of the means.
 
     Args:
         path: file to write.
@@ -235,16 +236,18 @@ class RunRecord:
         self._values: dict[str, list[float]] = {}
         self._clock = _Clock()
         self._commit = "unknown"
+        self._is_under_way = False
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
         _Earlier(self.path).attach(engine)
         engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._begin_iteration)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self)
         engine.add_event_handler(Events.COMPLETED, self)
         engine.add_event_handler(Events.TERMINATE, self)
-        _attach_to_exceptions(engine, self)
+        _attach_to_exceptions(engine, self._write_if_possible)
 
     def state_dict(self) -> dict[str, Any]:
         """What is recorded so far."""
@@ -258,10 +261,12 @@ class RunRecord:
     def __call__(self, engine: Engine) -> None:
         """Write the record now."""
         minutes = self._clock.seconds / 60
+        # Of one that was stopped half-way the weights hold nothing.
+        iterations = engine.state.iteration - self._is_under_way
         if self._values:
             entry = {name: round(sum(values) / len(values), 6) for name, values in self._values.items()}
-            self.history.append({"iteration": engine.state.iteration, "minutes": round(minutes, 2), **entry})
-            _log.info("iteration %d: %s", engine.state.iteration, entry)
+            self.history.append({"iteration": iterations, "minutes": round(minutes, 2), **entry})
+            _log.info("iteration %d: %s", iterations, entry)
             self._values = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(
@@ -270,7 +275,7 @@ class RunRecord:
                 "command": " ".join([_program(), *sys.argv[1:]]),
                 "commit": self._commit,
                 "settings": {key: _plain(value) for key, value in self.settings.items()},
-                "iterations": engine.state.iteration,
+                "iterations": iterations,
                 "minutes": round(minutes, 1),
                 "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}",
                 "precision": _precision(engine),
@@ -279,18 +284,31 @@ class RunRecord:
             },
         )
 
+    def _write_if_possible(self, engine: Engine) -> None:
+        try:
+            self(engine)
+        except OutputError as error:
+            # The weights have yet to be saved, and what stopped the training is the reason to be told.
+            _log.warning("%s", error)
+
     def _begin(self, engine: Engine) -> None:
+        self._is_under_way = False
         self._clock.start()
         # Now: the tree may have moved on when the record is written.
         self._commit = _commit()
 
+    def _begin_iteration(self, engine: Engine) -> None:
+        self._is_under_way = True
+
     def _collect(self, engine: Engine) -> None:
+        self._is_under_way = False
         # MONAI's trainers take the output of a batch apart.
         output = engine.state.output[0] if isinstance(engine.state.output, list) else engine.state.output
         terms = getattr(self.loss, "last_terms", None) or {"loss": float(output["loss"])}
         for name, value in terms.items():
             # A term that joins late, as an adversary after the warm-up, has its own count.
-            self._values.setdefault(name, []).append(float(value))
+            if math.isfinite(value):
+                self._values.setdefault(name, []).append(float(value))
 
 
 def _attach_to_exceptions(engine: Engine, save: Callable[[Engine], None]) -> None:
@@ -374,7 +392,7 @@ def save_weights(
     """Write a plain state dict whole or not at all, list its SHA-256 in ``SHA256SUMS``, and return the digest.
 
     Raises:
-        OutputError: if the file cannot be written, or does not read back equal.
+        OutputError: if a weight is NaN, or the file cannot be written or does not read back equal.
     """
     path = Path(path)
     plain = {
@@ -383,6 +401,9 @@ def save_weights(
         else value.detach().cpu()
         for key, value in state.items()
     }
+    # It would not read back equal, and the disk is not to blame.
+    if any(bool(value.isnan().any()) for value in plain.values()):
+        raise OutputError(f"{path.name}: the weights are not finite; lower the learning rate")
     with _as_output_error(path), atomic_path(path) as unfinished:
         # Given a path, PyTorch writes the temporary name into the archive: equal weights, unequal digests.
         with unfinished.open("wb") as file:

@@ -245,6 +245,12 @@ def test_a_file_that_reads_back_different_is_not_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_are_not_finite_are_not_blamed_on_the_disk(tmp_path):
+    with pytest.raises(OutputError, match=r"^model\.pt: the weights are not finite; lower"):
+        save_weights({"w": torch.tensor([1.0, float("nan")])}, tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
 class CountedSaver(WeightSaver):
     saved_at: list[int]
 
@@ -310,6 +316,28 @@ def test_a_record_belongs_to_the_weights_that_a_stopped_training_leaves(tmp_path
         assert found["settings"] == {"seed": iterations}
         assert float(torch.load(tmp_path / "model.pt", weights_only=True)["weight"]) == trial.weight
     assert json.loads((tmp_path / "train_record_earlier.json").read_text())["iterations"] == 3
+
+
+def test_bad_batches_that_stop_the_training_leave_weights_and_record(tmp_path, caplog):
+    trial = Trial(bad=(1, 2))
+    record = RunRecord(tmp_path / "train_record.json", settings={}, every=1)
+    saver = WeightSaver(trial.network, tmp_path / "model.pt")
+    with caplog.at_level(logging.CRITICAL), pytest.raises(MedsrError, match="2 batches in a row"):
+        trial.run(GradientGuard(trial.network, patience=2), record, saver)
+    assert float(torch.load(saver.path, weights_only=True)["weight"]) == trial.weight
+    # It was stopped in the third iteration; the second was skipped, and has no loss.
+    found = json.loads(record.path.read_text())
+    assert found["iterations"] == 2
+    assert [entry["iteration"] for entry in found["history"]] == [1]
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_why_the_training_broke_off(tmp_path, caplog):
+    trial = Trial()
+    record = RunRecord(tmp_path / "train_record.json", settings={"ratio": float("nan")})
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt, match="stop"):
+        trial.run(record, WeightSaver(trial.network, tmp_path / "model.pt"), stop_in(3))
+    assert (tmp_path / "model.pt").exists()
+    assert "train_record.json: not expressible in JSON" in caplog.text
 
 
 def test_a_training_that_fails_at_once_leaves_the_weights_of_an_earlier_one(tmp_path, caplog):
