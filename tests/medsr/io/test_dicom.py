@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from medsr.errors import DataError, GeometryError, MedsrError, SettingError
-from medsr.io import dicom as module
+from medsr.io import dicom_images as module
 from medsr.io.dicom import is_dicom_series, read_series, read_series_header
 
 OTHER = "1.2.3.222222"

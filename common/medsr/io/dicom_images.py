@@ -1,0 +1,432 @@
+"""Single DICOM images: the facts of a file that geometry needs, and its rescaled pixels, with pydicom alone.
+
+Only the tags of the list below are ever parsed, so no patient data can reach a message, a note or an output.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from medsr.errors import DataError
+
+__all__ = ["DicomImage", "RefusedImage", "looks_like_dicom", "read_image", "read_pixels"]
+
+_TAGS = [
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "SeriesInstanceUID",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "NumberOfFrames",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+    "SpacingBetweenSlices",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "ModalityLUTSequence",
+    "LossyImageCompression",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "Modality",
+    "ImageType",
+    "PerFrameFunctionalGroupsSequence",
+]
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_INFLATED_LIMIT = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class DicomImage:
+    """The facts of one file that geometry and decoding need; lengths in mm, positions in LPS.
+
+    Example:
+        >>> sorted(DicomImage.__dataclass_fields__)[:4]
+        ['between', 'bits_allocated', 'bits_stored', 'columns']
+    """
+
+    path: Path
+    series: str
+    rows: int
+    columns: int
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+    photometric: str
+    position: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None
+    pixel_spacing: tuple[float, ...] | None
+    thickness: float | None
+    between: float | None
+    slope: float
+    intercept: float
+    lossy: bool
+    padding: tuple[int, int] | None
+    modality: str
+    kind: frozenset[str]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored values, in the byte order of this machine."""
+        return np.dtype(f"{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
+
+
+class RefusedImage(NamedTuple):
+    """A file that is not read, and why: what it has to do with is only known once the series is chosen.
+
+    Example:
+        >>> RefusedImage("1.2.3", DataError("a.dcm: damaged")).reason.exit_code
+        2
+    """
+
+    series: str
+    reason: DataError
+
+
+def looks_like_dicom(path: Path) -> bool | None:
+    """Judge a file by its first bytes.
+
+    Returns:
+        True with the DICM mark, False for a data set without preamble, None for anything else.
+
+    Raises:
+        DataError: if the file cannot be read.
+
+    Example:
+        >>> looks_like_dicom(Path(__file__)) is None
+        True
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(132)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from None
+    if head[128:132] == b"DICM":
+        return True
+    # Without preamble a file starts with an element of group 2 or 8, little endian, element number below 256.
+    if len(head) == 132 and head[:2] in (b"\x02\x00", b"\x08\x00") and head[3] == 0:
+        return False
+    return None
+
+
+def _dataset(path: Path, preamble: bool, *, pixels: bool) -> tuple[Any, int]:
+    """The listed tags of a file, and where parsing stopped."""
+    import pydicom
+
+    tags: list[Any] = [*_TAGS, "PixelData"] if pixels else list(_TAGS)
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if _DEFLATED in file.read(2048):
+                _refuse_bomb(path)
+            file.seek(0)
+            dataset = pydicom.dcmread(
+                file, stop_before_pixels=not pixels, specific_tags=tags, force=not preamble
+            )
+            return dataset, file.tell()
+    except DataError:
+        raise
+    except Exception as error:  # pydicom raises many kinds, and their texts may quote tag values
+        raise DataError(f"{path.name}: damaged DICOM file ({type(error).__name__}); copy it again") from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Inflate a deflated file in bounded pieces, because pydicom inflates it whole even for its header."""
+    with path.open("rb") as file:
+        file.seek(140)  # value of the group length: preamble, mark, tag, type and length come before it
+        file.seek(144 + struct.unpack("<I", file.read(4))[0])
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        total, data = 0, file.read(2**20)
+        while data and total <= _INFLATED_LIMIT:
+            total += len(inflater.decompress(data, 2**24))
+            data = inflater.unconsumed_tail or file.read(2**20)
+    if total > _INFLATED_LIMIT:
+        raise DataError(
+            f"{path.name}: deflated content is above {_INFLATED_LIMIT // 2**20} MiB for one slice"
+        )
+
+
+def read_image(path: Path, preamble: bool) -> DicomImage | RefusedImage | None:
+    """Read the facts of one file, or why it cannot be used.
+
+    Args:
+        path: a file that looks like DICOM.
+        preamble: what :func:`looks_like_dicom` said of it.
+
+    Returns:
+        None for a DICOM object that is not an image.
+
+    Raises:
+        DataError: if the file is damaged, and if it cannot be used and names no series.
+
+    Example:
+        >>> read_image(Path(__file__), preamble=True)
+        Traceback (most recent call last):
+        medsr.errors.DataError: ...
+    """
+    dataset, stopped = _dataset(path, preamble, pixels=False)
+    try:
+        return _facts(path, dataset, preamble, stopped)
+    except DataError as error:
+        reason = error
+    except Exception as error:
+        reason = DataError(f"{path.name}: damaged DICOM header ({type(error).__name__}); copy it again")
+    series = _text(dataset, "SeriesInstanceUID")
+    if not series:
+        raise reason
+    return RefusedImage(series, reason)
+
+
+def _facts(path: Path, dataset: Any, preamble: bool, stopped: int) -> DicomImage | None:
+    from pydicom.uid import UID
+
+    name = path.name
+    sop_class = UID(_text(dataset, "SOPClassUID"))
+    rows, columns = dataset.get("Rows"), dataset.get("Columns")
+    if rows is None or columns is None:
+        if (
+            sop_class
+            and not sop_class.is_private
+            and sop_class.name != sop_class
+            and "Image" not in sop_class.name
+        ):
+            return None
+        if not sop_class and not preamble:
+            return None
+        # Scanners keep protocols and raw data in classes of their own.
+        if sop_class and sop_class.is_private and stopped >= path.stat().st_size:
+            return None
+        raise DataError(f"{name}: Rows or Columns is missing; the file is damaged or cut")
+    frames = _number(dataset, "NumberOfFrames", name=name)
+    if "PerFrameFunctionalGroupsSequence" in dataset or (frames or 1) > 1 or "Enhanced" in sop_class.name:
+        raise DataError(
+            f"{name}: multi-frame (enhanced) DICOM is not supported yet; convert it to NIfTI with dcm2niix"
+        )
+    if "MOSAIC" in _text(dataset, "ImageType"):
+        raise DataError(f"{name}: a mosaic of many slices in one image; convert it to NIfTI with dcm2niix")
+    photometric = _text(dataset, "PhotometricInterpretation")
+    samples = int(dataset.get("SamplesPerPixel") or 1)
+    if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        kind = (
+            photometric
+            if photometric in ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422")
+            else "not a grey-scale"
+        )
+        raise DataError(
+            f"{name}: {kind} image ({samples} samples per pixel); only MONOCHROME1 and 2 are read"
+        )
+    if "ModalityLUTSequence" in dataset:
+        raise DataError(
+            f"{name}: values are defined by a Modality LUT, which is not supported; convert it first"
+        )
+    allocated, stored = int(dataset.get("BitsAllocated") or 0), int(dataset.get("BitsStored") or 0)
+    high = int(dataset.get("HighBit") if dataset.get("HighBit") is not None else stored - 1)
+    if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or high != stored - 1:
+        raise DataError(
+            f"{name}: unsupported pixel layout (allocated {allocated}, stored {stored}, high bit {high})"
+        )
+    slope = _number(dataset, "RescaleSlope", name=name)
+    intercept = _number(dataset, "RescaleIntercept", name=name)
+    image = DicomImage(
+        path=path,
+        series=_text(dataset, "SeriesInstanceUID"),
+        rows=int(rows),
+        columns=int(columns),
+        bits_allocated=allocated,
+        bits_stored=stored,
+        signed=bool(dataset.get("PixelRepresentation")),
+        photometric=photometric,
+        position=_numbers(dataset, "ImagePositionPatient", name=name, count=3),
+        orientation=_numbers(dataset, "ImageOrientationPatient", name=name, count=6),
+        pixel_spacing=_numbers(dataset, "PixelSpacing", name=name, count=2),
+        thickness=_number(dataset, "SliceThickness", name=name),
+        between=_number(dataset, "SpacingBetweenSlices", name=name),
+        slope=1.0 if slope is None else slope,
+        intercept=intercept or 0.0,
+        lossy=_text(dataset, "LossyImageCompression") == "01",
+        padding=_padding(dataset),
+        modality=_text(dataset, "Modality"),
+        kind=frozenset(_text(dataset, "ImageType").split("\\"))
+        | ({"SECONDARY"} if "Secondary Capture" in sop_class.name else set()),
+    )
+    if image.rows < 1 or image.columns < 1:
+        raise DataError(f"{name}: no pixels ({image.rows} rows, {image.columns} columns)")
+    if image.slope == 0:
+        raise DataError(f"{name}: RescaleSlope is 0; the header is damaged")
+    _refuse_unreadable_pixels(image, dataset, stopped)
+    return image
+
+
+def _refuse_unreadable_pixels(image: DicomImage, dataset: Any, stopped: int) -> None:
+    from pydicom.pixels import get_decoder
+
+    name, syntax = image.path.name, _syntax(dataset)
+    try:
+        encapsulated = syntax.is_compressed and not syntax.is_deflated
+    except ValueError:
+        raise DataError(f"{name}: unknown transfer syntax {syntax}; convert the series") from None
+    if encapsulated:
+        try:
+            available = get_decoder(syntax).is_available
+        except NotImplementedError:
+            available = False
+        if not available:
+            raise DataError(
+                f"{name}: no decoder for the transfer syntax {syntax.name} ({syntax}); install pylibjpeg, "
+                "python-gdcm or convert the series"
+            )
+        return
+    if syntax.is_deflated:
+        return  # The stop position is that of the inflated copy; the pixels are measured when they are read.
+    with image.path.open("rb") as file:
+        file.seek(stopped)
+        element = file.read(12)
+    order = "<" if syntax.is_little_endian else ">"
+    if len(element) < 8 or struct.unpack(f"{order}HH", element[:4]) != (0x7FE0, 0x0010):
+        raise DataError(f"{name}: no pixel data; the file is damaged or cut")
+    start = 8 if syntax.is_implicit_VR else 12
+    declared = struct.unpack(f"{order}I", element[start - 4 : start].rjust(4, b"\0"))[0]
+    _refuse_short(image, min(declared, image.path.stat().st_size - stopped - start))
+
+
+def _refuse_short(image: DicomImage, found: int) -> None:
+    expected = image.rows * image.columns * image.bits_allocated // 8
+    if found < expected:
+        raise DataError(
+            f"{image.path.name}: truncated, {max(found, 0)} bytes of pixel data instead of {expected}; copy "
+            "it again"
+        )
+
+
+def _syntax(dataset: Any) -> Any:
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if syntax is None:
+        syntax = ImplicitVRLittleEndian if dataset.original_encoding[0] else ExplicitVRLittleEndian
+    return syntax
+
+
+def _text(dataset: Any, keyword: str) -> str:
+    """A short text value from its raw bytes: no validation, hence no warning that would quote it."""
+    value = dataset.get_item(keyword).value if keyword in dataset else None
+    if isinstance(value, bytes):
+        value = value.decode("ascii", "replace")
+    elif value is not None and not isinstance(value, str):
+        value = "\\".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return (value or "").strip(" \0")
+
+
+def _numbers(dataset: Any, keyword: str, *, name: str, count: int = 1) -> tuple[float, ...] | None:
+    """A DS or IS value from its raw bytes, also when longer than the standard allows; None if absent."""
+    text = _text(dataset, keyword)
+    if not text:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split("\\"))
+    except ValueError:
+        raise DataError(f"{name}: {keyword} is not a number; the header is damaged") from None
+    if len(values) < count or not np.isfinite(values).all():
+        raise DataError(f"{name}: {keyword} must hold {count} finite numbers; the header is damaged")
+    return values[:count]
+
+
+def _padding(dataset: Any) -> tuple[int, int] | None:
+    """Lowest and highest stored value that means padding, or None."""
+    signed = bool(dataset.get("PixelRepresentation"))
+    ends = []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        element = dataset.get_item(keyword) if keyword in dataset else None
+        value = None if element is None else element.value
+        if isinstance(value, bytes):
+            # Whether it is signed is a matter of the pixels, and often told wrongly.
+            order = "little" if element.is_little_endian else "big"
+            value = int.from_bytes(value, order, signed=signed) if value else None
+        if value is not None:
+            ends.append(int(value))
+    return (min(ends), max(ends)) if ends else None
+
+
+def _number(dataset: Any, keyword: str, *, name: str) -> float | None:
+    values = _numbers(dataset, keyword, name=name)
+    return None if values is None else values[0]
+
+
+# --- Pixels --------------------------------------------------------------------------------------------------
+
+
+def read_pixels(image: DicomImage) -> npt.NDArray[np.float32]:
+    """Read the rescaled values of one image, NaN where there is padding.
+
+    MONOCHROME1 is turned so that larger is brighter.
+
+    Shape:
+        ``(rows, columns)``.
+
+    Raises:
+        DataError: if the pixel data are cut or cannot be decoded.
+    """
+    dataset, _ = _dataset(image.path, bool(looks_like_dicom(image.path)), pixels=True)
+    syntax = _syntax(dataset)
+    if "PixelData" not in dataset:
+        raise DataError(f"{image.path.name}: no pixel data; the file is damaged or cut")
+    try:
+        if syntax.is_compressed and not syntax.is_deflated:
+            # pydicom checks the number of decoded bytes and raises when a frame is cut.
+            stored = dataset.pixel_array
+        else:
+            order = "<" if syntax.is_little_endian else ">"
+            data = dataset.get_item("PixelData").value
+            _refuse_short(image, len(data))
+            if order == ">" and image.bits_allocated == 8:
+                raise DataError(
+                    f"{image.path.name}: 8-bit big-endian pixels are not supported; convert the series"
+                )
+            stored = np.frombuffer(
+                data, dtype=image.dtype.newbyteorder(order), count=image.rows * image.columns
+            )
+        stored = np.asarray(stored).reshape(image.rows, image.columns)
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise many kinds
+        raise DataError(f"{image.path.name}: pixel data cannot be decoded ({type(error).__name__})") from None
+    padding = _between(stored, image.padding)
+    values = stored.astype(np.int64 if image.bits_allocated == 32 else np.int32)
+    # Some scanners keep overlays in the bits above BitsStored.
+    values &= (1 << image.bits_stored) - 1
+    if image.signed:
+        half = 1 << (image.bits_stored - 1)
+        values = (values ^ half) - half
+    padding |= _between(values, image.padding)
+    if image.photometric == "MONOCHROME1":
+        values = (-1 if image.signed else (1 << image.bits_stored) - 1) - values
+    result = values.astype(np.float32)
+    if image.slope != 1:
+        result *= np.float32(image.slope)
+    if image.intercept != 0:
+        result += np.float32(image.intercept)
+    # Zero is background already, and what most scanners fill the corners of MR images with.
+    result[padding & (result != 0)] = np.nan
+    return result
+
+
+def _between(values: npt.NDArray[Any], ends: tuple[int, int] | None) -> npt.NDArray[np.bool_]:
+    if ends is None:
+        return np.zeros(values.shape, dtype=bool)
+    return np.asarray((values >= ends[0]) & (values <= ends[1]))
