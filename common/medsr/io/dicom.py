@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from medsr.errors import DataError, GeometryError, SettingError
 from medsr.geometry import FloatArray, validate_affine
-from medsr.io.dicom_images import DicomImage, RefusedImage, looks_like_dicom, read_image, read_pixels
+from medsr.io.dicom_images import DicomImage, RefusedImage, looks_like_dicom, read_images, read_pixels
 from medsr.io.links import refuse_leaving_link
 from medsr.io.nifti import VolumeHeader, refuse_constant, refuse_oversize
 
@@ -63,7 +63,8 @@ def read_series_header(
 
     Raises:
         SettingError: if ``series_uid`` was read as a number with a fraction.
-        DataError: if there is no image, or one is damaged, in colour, multi-frame or has no decoder here.
+        DataError: if there is no image, or one is damaged, in colour, of several frames without a place each, or
+            has no decoder here.
         GeometryError: if positions are missing, repeated, irregular or sheared, or the images differ in grid.
 
     Example:
@@ -106,8 +107,8 @@ def read_series(
     folder = Path(folder)
     images, header = _survey(folder, series_uid, follow_links=follow_links)
     stack = np.empty((len(images), images[0].rows, images[0].columns), dtype=np.float32)
-    for index, image in enumerate(images):
-        stack[index] = read_pixels(image)
+    for index, pixels in enumerate(read_pixels(images)):
+        stack[index] = pixels
     padding = np.isnan(stack)
     if padding.any():
         # A value that means nothing, often the lowest or highest there is, would decide about the intensity scale.
@@ -197,11 +198,9 @@ def _scan(folder: Path, *, follow_links: bool | None) -> tuple[list[DicomImage |
         if preamble is None:
             skipped += 1
             continue
-        image = read_image(path, preamble)
-        if image is None:
-            others += 1
-        else:
-            images.append(image)
+        found = read_images(path, preamble)
+        others += not found
+        images += found
     if not images:
         raise DataError(f"{name}: no DICOM image in this folder ({skipped + others} other files)")
     notes = [f"{skipped} files that are not DICOM were skipped"] if skipped else []
@@ -252,7 +251,7 @@ def _same_grid(images: list[DicomImage], name: str) -> list[DicomImage]:
         ("ImageOrientationPatient", "orientation"),
         ("PixelSpacing", "pixel_spacing"),
     ):
-        missing = [image.path.name for image in images if getattr(image, attribute) is None]
+        missing = [image.name for image in images if getattr(image, attribute) is None]
         if missing:
             raise GeometryError(
                 f"{name}: {keyword} is missing in {len(missing)} of {len(images)} images (first "
@@ -293,7 +292,7 @@ def _refuse_mixed(
     if 2 * len(odd) > len(images):  # The first image is the odd one.
         odd = [image for image in images if same(images[0], image)]
     raise GeometryError(
-        f"{name}: {len(odd)} of {len(images)} images have another {what} (first {odd[0].path.name}); "
+        f"{name}: {len(odd)} of {len(images)} images have another {what} (first {odd[0].name}); "
         "remove the localiser or split the series"
     )
 
@@ -312,9 +311,10 @@ def _depths(images: list[DicomImage]) -> FloatArray:
 
 
 def _is_copy(first: DicomImage, other: DicomImage) -> bool:
-    return np.allclose(first.position, other.position, rtol=0, atol=_SAME_DEPTH_MM) and np.array_equal(
-        read_pixels(first), read_pixels(other), equal_nan=True
-    )
+    if not np.allclose(first.position, other.position, rtol=0, atol=_SAME_DEPTH_MM):
+        return False
+    one, another = read_pixels([first, other])
+    return np.array_equal(one, another, equal_nan=True)
 
 
 def _in_order(images: list[DicomImage], name: str, notes: list[str]) -> list[DicomImage]:
@@ -351,8 +351,8 @@ def _in_order(images: list[DicomImage], name: str, notes: list[str]) -> list[Dic
                     "(temporal phases, echoes or b-values, some incomplete); split the series first"
                 )
             raise GeometryError(
-                f"{name}: two different images at one position, slice index {index} ({first.path.name}, "
-                f"{other.path.name}); remove one"
+                f"{name}: two different images at one position, slice index {index} ({first.name}, "
+                f"{other.name}); remove one"
             )
         kept.append(first)
     if dropped:
@@ -411,7 +411,7 @@ def _refuse_irregular(images: list[DicomImage], affine: FloatArray, name: str) -
     if distances.max() > tolerance:
         index = int(distances.argmax())
         raise GeometryError(
-            f"{name}: slice index {index} ({images[index].path.name}) is displaced in its plane by "
+            f"{name}: slice index {index} ({images[index].name}) is displaced in its plane by "
             f"{distances[index]:.4g} mm; resample to a regular grid first"
         )
 

@@ -1,6 +1,7 @@
-"""Single DICOM images: the facts of a file that geometry needs, and its rescaled pixels, with pydicom alone.
+"""DICOM images one by one: the facts of a file that geometry needs, and its rescaled pixels, with pydicom alone.
 
-Only the tags of the list below are ever parsed, so no patient data can reach a message, a note or an output.
+A file holds one image, or, as enhanced multi-frame objects do, many with a place for each (PS3.3 C.7.6.16). Only the
+tags of the list below are ever parsed, so no patient data can reach a message, a note or an output.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from medsr.errors import DataError
 
-__all__ = ["DicomImage", "RefusedImage", "looks_like_dicom", "read_image", "read_pixels"]
+__all__ = ["DicomImage", "RefusedImage", "looks_like_dicom", "read_images", "read_pixels"]
 
 _TAGS = [
     "SOPClassUID",
@@ -46,15 +48,15 @@ _TAGS = [
     "PixelPaddingRangeLimit",
     "Modality",
     "ImageType",
-    "PerFrameFunctionalGroupsSequence",
 ]
+_FUNCTIONAL_GROUPS = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _INFLATED_LIMIT = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class DicomImage:
-    """The facts of one file that geometry and decoding need; lengths in mm, positions in LPS.
+    """The facts of one image that geometry and decoding need; lengths in mm, positions in LPS.
 
     Example:
         >>> sorted(DicomImage.__dataclass_fields__)[:4]
@@ -62,6 +64,8 @@ class DicomImage:
     """
 
     path: Path
+    frame: int
+    frames: int
     series: str
     rows: int
     columns: int
@@ -80,6 +84,11 @@ class DicomImage:
     padding: tuple[int, int] | None
     modality: str
     kind: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        """What messages call it: the file, and the frame of a file that holds several, counted from 1."""
+        return f"{self.path.name}, frame {self.frame + 1}" if self.frames > 1 else self.path.name
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -129,7 +138,7 @@ def _dataset(path: Path, preamble: bool, *, pixels: bool) -> tuple[Any, int]:
     """The listed tags of a file, and where parsing stopped."""
     import pydicom
 
-    tags: list[Any] = [*_TAGS, "PixelData"] if pixels else list(_TAGS)
+    tags: list[Any] = [*_TAGS, *(["PixelData"] if pixels else _FUNCTIONAL_GROUPS)]
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -157,32 +166,32 @@ def _refuse_bomb(path: Path) -> None:
             total += len(inflater.decompress(data, 2**24))
             data = inflater.unconsumed_tail or file.read(2**20)
     if total > _INFLATED_LIMIT:
-        raise DataError(
-            f"{path.name}: deflated content is above {_INFLATED_LIMIT // 2**20} MiB for one slice"
-        )
+        raise DataError(f"{path.name}: deflated content is above {_INFLATED_LIMIT // 2**20} MiB for one file")
 
 
-def read_image(path: Path, preamble: bool) -> DicomImage | RefusedImage | None:
-    """Read the facts of one file, or why it cannot be used.
+def read_images(path: Path, preamble: bool) -> list[DicomImage | RefusedImage]:
+    """Read the facts of the images of one file, or why it cannot be used.
 
     Args:
         path: a file that looks like DICOM.
         preamble: what :func:`looks_like_dicom` said of it.
 
     Returns:
-        None for a DICOM object that is not an image.
+        Nothing for a DICOM object that is not an image.
 
     Raises:
         DataError: if the file is damaged, and if it cannot be used and names no series.
 
     Example:
-        >>> read_image(Path(__file__), preamble=True)
+        >>> read_images(Path(__file__), preamble=True)
         Traceback (most recent call last):
         medsr.errors.DataError: ...
     """
     dataset, stopped = _dataset(path, preamble, pixels=False)
     try:
-        return _facts(path, dataset, preamble, stopped)
+        with warnings.catch_warnings():  # Sequences are parsed when they are looked into.
+            warnings.simplefilter("ignore")
+            return [*_facts(path, dataset, preamble, stopped)]
     except DataError as error:
         reason = error
     except Exception as error:
@@ -190,10 +199,10 @@ def read_image(path: Path, preamble: bool) -> DicomImage | RefusedImage | None:
     series = _text(dataset, "SeriesInstanceUID")
     if not series:
         raise reason
-    return RefusedImage(series, reason)
+    return [RefusedImage(series, reason)]
 
 
-def _facts(path: Path, dataset: Any, preamble: bool, stopped: int) -> DicomImage | None:
+def _facts(path: Path, dataset: Any, preamble: bool, stopped: int) -> list[DicomImage]:
     from pydicom.uid import UID
 
     name = path.name
@@ -206,18 +215,14 @@ def _facts(path: Path, dataset: Any, preamble: bool, stopped: int) -> DicomImage
             and sop_class.name != sop_class
             and "Image" not in sop_class.name
         ):
-            return None
+            return []
         if not sop_class and not preamble:
-            return None
+            return []
         # Scanners keep protocols and raw data in classes of their own.
         if sop_class and sop_class.is_private and stopped >= path.stat().st_size:
-            return None
+            return []
         raise DataError(f"{name}: Rows or Columns is missing; the file is damaged or cut")
-    frames = _number(dataset, "NumberOfFrames", name=name)
-    if "PerFrameFunctionalGroupsSequence" in dataset or (frames or 1) > 1 or "Enhanced" in sop_class.name:
-        raise DataError(
-            f"{name}: multi-frame (enhanced) DICOM is not supported yet; convert it to NIfTI with dcm2niix"
-        )
+    frames = _frames(dataset, name)
     if "MOSAIC" in _text(dataset, "ImageType"):
         raise DataError(f"{name}: a mosaic of many slices in one image; convert it to NIfTI with dcm2niix")
     photometric = _text(dataset, "PhotometricInterpretation")
@@ -241,36 +246,88 @@ def _facts(path: Path, dataset: Any, preamble: bool, stopped: int) -> DicomImage
         raise DataError(
             f"{name}: unsupported pixel layout (allocated {allocated}, stored {stored}, high bit {high})"
         )
-    slope = _number(dataset, "RescaleSlope", name=name)
-    intercept = _number(dataset, "RescaleIntercept", name=name)
-    image = DicomImage(
-        path=path,
-        series=_text(dataset, "SeriesInstanceUID"),
-        rows=int(rows),
-        columns=int(columns),
-        bits_allocated=allocated,
-        bits_stored=stored,
-        signed=bool(dataset.get("PixelRepresentation")),
-        photometric=photometric,
-        position=_numbers(dataset, "ImagePositionPatient", name=name, count=3),
-        orientation=_numbers(dataset, "ImageOrientationPatient", name=name, count=6),
-        pixel_spacing=_numbers(dataset, "PixelSpacing", name=name, count=2),
-        thickness=_number(dataset, "SliceThickness", name=name),
-        between=_number(dataset, "SpacingBetweenSlices", name=name),
-        slope=1.0 if slope is None else slope,
-        intercept=intercept or 0.0,
-        lossy=_text(dataset, "LossyImageCompression") == "01",
-        padding=_padding(dataset),
-        modality=_text(dataset, "Modality"),
-        kind=frozenset(_text(dataset, "ImageType").split("\\"))
-        | ({"SECONDARY"} if "Secondary Capture" in sop_class.name else set()),
-    )
-    if image.rows < 1 or image.columns < 1:
-        raise DataError(f"{name}: no pixels ({image.rows} rows, {image.columns} columns)")
-    if image.slope == 0:
-        raise DataError(f"{name}: RescaleSlope is 0; the header is damaged")
-    _refuse_unreadable_pixels(image, dataset, stopped)
-    return image
+    if rows < 1 or columns < 1:
+        raise DataError(f"{name}: no pixels ({rows} rows, {columns} columns)")
+    secondary = {"SECONDARY"} if "Secondary Capture" in sop_class.name else set()
+    images = []
+    for index, macros in enumerate(frames):
+        label = f"{name}, frame {index + 1}" if len(frames) > 1 else name
+        slope = _number(macros.values, "RescaleSlope", name=label)
+        if slope == 0:
+            raise DataError(f"{label}: RescaleSlope is 0; the header is damaged")
+        images.append(
+            DicomImage(
+                path=path,
+                frame=index,
+                frames=len(frames),
+                series=_text(dataset, "SeriesInstanceUID"),
+                rows=int(rows),
+                columns=int(columns),
+                bits_allocated=allocated,
+                bits_stored=stored,
+                signed=bool(dataset.get("PixelRepresentation")),
+                photometric=photometric,
+                position=_numbers(macros.position, "ImagePositionPatient", name=label, count=3),
+                orientation=_numbers(macros.orientation, "ImageOrientationPatient", name=label, count=6),
+                pixel_spacing=_numbers(macros.measures, "PixelSpacing", name=label, count=2),
+                thickness=_number(macros.measures, "SliceThickness", name=label),
+                between=_number(macros.measures, "SpacingBetweenSlices", name=label),
+                slope=1.0 if slope is None else slope,
+                intercept=_number(macros.values, "RescaleIntercept", name=label) or 0.0,
+                lossy=_text(dataset, "LossyImageCompression") == "01",
+                padding=_padding(dataset),
+                modality=_text(dataset, "Modality"),
+                kind=frozenset(macros.kind.split("\\")) | secondary,
+            )
+        )
+    _refuse_unreadable_pixels(images[0], dataset, stopped)
+    return images
+
+
+class _Macros(NamedTuple):
+    """Data sets that hold the facts of a frame: its functional groups, or the whole file."""
+
+    position: Any
+    orientation: Any
+    measures: Any
+    values: Any
+    kind: str
+
+
+def _frames(dataset: Any, name: str) -> list[_Macros]:
+    """Where the facts of each frame stand. A group of a frame goes before that which all frames share."""
+    from pydicom.dataset import Dataset
+    from pydicom.uid import UID
+
+    count = int(_number(dataset, "NumberOfFrames", name=name) or 1)
+    groups = dataset.get("PerFrameFunctionalGroupsSequence")
+    if groups is None:
+        if count > 1 or "Enhanced" in UID(_text(dataset, "SOPClassUID")).name:
+            raise DataError(
+                f"{name}: multi-frame image without a place for each frame; convert it to NIfTI with dcm2niix"
+            )
+        return [_Macros(dataset, dataset, dataset, dataset, _text(dataset, "ImageType"))]
+    if len(groups) != count or not groups:
+        raise DataError(
+            f"{name}: multi-frame image that describes {len(groups)} of {count} frames; copy it again"
+        )
+    shared = dataset.get("SharedFunctionalGroupsSequence") or [Dataset()]
+
+    def macro(frame: Any, *keywords: str) -> Any:
+        found = (source.get(keyword) for source in (frame, shared[0]) for keyword in keywords)
+        return next((items[0] for items in found if items), Dataset())
+
+    return [
+        _Macros(
+            macro(frame, "PlanePositionSequence"),
+            macro(frame, "PlaneOrientationSequence"),
+            macro(frame, "PixelMeasuresSequence"),
+            macro(frame, "PixelValueTransformationSequence"),
+            _text(macro(frame, "MRImageFrameTypeSequence", "CTImageFrameTypeSequence"), "FrameType")
+            or _text(dataset, "ImageType"),
+        )
+        for frame in groups
+    ]
 
 
 def _refuse_unreadable_pixels(image: DicomImage, dataset: Any, stopped: int) -> None:
@@ -306,7 +363,7 @@ def _refuse_unreadable_pixels(image: DicomImage, dataset: Any, stopped: int) -> 
 
 
 def _refuse_short(image: DicomImage, found: int) -> None:
-    expected = image.rows * image.columns * image.bits_allocated // 8
+    expected = image.frames * image.rows * image.columns * image.bits_allocated // 8
     if found < expected:
         raise DataError(
             f"{image.path.name}: truncated, {max(found, 0)} bytes of pixel data instead of {expected}; copy "
@@ -371,41 +428,57 @@ def _number(dataset: Any, keyword: str, *, name: str) -> float | None:
 # --- Pixels --------------------------------------------------------------------------------------------------
 
 
-def read_pixels(image: DicomImage) -> npt.NDArray[np.float32]:
-    """Read the rescaled values of one image, NaN where there is padding.
+def read_pixels(images: Iterable[DicomImage]) -> Iterator[npt.NDArray[np.float32]]:
+    """Read the rescaled values of images one after the other, NaN where there is padding.
 
-    MONOCHROME1 is turned so that larger is brighter.
+    MONOCHROME1 is turned so that larger is brighter. Neighbouring images of one file are decoded together.
+
+    Args:
+        images: any number of them.
 
     Shape:
-        ``(rows, columns)``.
+        ``(rows, columns)`` each.
 
     Raises:
         DataError: if the pixel data are cut or cannot be decoded.
+
+    Example:
+        >>> list(read_pixels([]))
+        []
     """
+    path, stored = None, np.empty(0)
+    for image in images:
+        if image.path != path:
+            path, stored = image.path, _stored(image)
+        yield _rescaled(image, stored[image.frame])
+
+
+def _stored(image: DicomImage) -> npt.NDArray[Any]:
+    """What the file of an image holds, (frames, rows, columns)."""
+    name = image.path.name
     dataset, _ = _dataset(image.path, bool(looks_like_dicom(image.path)), pixels=True)
     syntax = _syntax(dataset)
     if "PixelData" not in dataset:
-        raise DataError(f"{image.path.name}: no pixel data; the file is damaged or cut")
+        raise DataError(f"{name}: no pixel data; the file is damaged or cut")
+    shape = (image.frames, image.rows, image.columns)
     try:
         if syntax.is_compressed and not syntax.is_deflated:
             # pydicom checks the number of decoded bytes and raises when a frame is cut.
-            stored = dataset.pixel_array
-        else:
-            order = "<" if syntax.is_little_endian else ">"
-            data = dataset.get_item("PixelData").value
-            _refuse_short(image, len(data))
-            if order == ">" and image.bits_allocated == 8:
-                raise DataError(
-                    f"{image.path.name}: 8-bit big-endian pixels are not supported; convert the series"
-                )
-            stored = np.frombuffer(
-                data, dtype=image.dtype.newbyteorder(order), count=image.rows * image.columns
-            )
-        stored = np.asarray(stored).reshape(image.rows, image.columns)
+            return np.asarray(dataset.pixel_array).reshape(shape)
+        order = "<" if syntax.is_little_endian else ">"
+        data = dataset.get_item("PixelData").value
+        _refuse_short(image, len(data))
+        if order == ">" and image.bits_allocated == 8:
+            raise DataError(f"{name}: 8-bit big-endian pixels are not supported; convert the series")
+        kind = image.dtype.newbyteorder(order)
+        return np.frombuffer(data, dtype=kind, count=int(np.prod(shape))).reshape(shape)
     except DataError:
         raise
     except Exception as error:  # decoders raise many kinds
-        raise DataError(f"{image.path.name}: pixel data cannot be decoded ({type(error).__name__})") from None
+        raise DataError(f"{name}: pixel data cannot be decoded ({type(error).__name__})") from None
+
+
+def _rescaled(image: DicomImage, stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     padding = _between(stored, image.padding)
     values = stored.astype(np.int64 if image.bits_allocated == 32 else np.int32)
     # Some scanners keep overlays in the bits above BitsStored.

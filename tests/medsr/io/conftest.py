@@ -78,6 +78,49 @@ def series(tmp_path):
     return build
 
 
+def frame_groups(index: int, frame: np.ndarray):
+    """Functional groups of one frame: where it lies, and how its values are scaled."""
+    from pydicom.dataset import Dataset
+
+    groups, position, orientation, values = Dataset(), Dataset(), Dataset(), Dataset()
+    position.ImagePositionPatient = [f"{v:.10g}" for v in ORIGIN + frame[:, 2] * STEP * index]
+    orientation.ImageOrientationPatient = [f"{v:.12g}" for v in (*frame[:, 0], *frame[:, 1])]
+    values.RescaleIntercept, values.RescaleSlope, values.RescaleType = "0", "2", "US"
+    groups.PlanePositionSequence = [position]
+    groups.PlaneOrientationSequence = [orientation]
+    groups.PixelValueTransformationSequence = [values]
+    return groups
+
+
+@pytest.fixture
+def enhanced(tmp_path):
+    """Write an enhanced multi-frame object, every frame with a slope of 2; ``order`` is that of its frames."""
+    from pydicom.dataset import Dataset
+    from pydicom.uid import EnhancedMRImageStorage
+
+    def build(edit=None, *, name="enhanced", order=range(SLICES), frame=None, file="im.dcm") -> Path:
+        frame = np.eye(3) if frame is None else frame
+        ds = slice_dataset(0, frame=frame)
+        for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
+            delattr(ds, keyword)
+        ds.SOPClassUID, ds.NumberOfFrames = EnhancedMRImageStorage, len(order)
+        shared, measures, kind = Dataset(), Dataset(), Dataset()
+        measures.PixelSpacing, measures.SliceThickness = [ROW_SPACING, COLUMN_SPACING], STEP
+        kind.FrameType = ["ORIGINAL", "PRIMARY", "M", "NONE"]
+        shared.PixelMeasuresSequence, shared.MRImageFrameTypeSequence = [measures], [kind]
+        ds.SharedFunctionalGroupsSequence = [shared]
+        ds.PerFrameFunctionalGroupsSequence = [frame_groups(index, frame) for index in order]
+        volume = law(COLUMNS, ROWS, SLICES)[:, :, list(order)].T
+        ds.PixelData = volume.astype("<u2").tobytes()
+        if edit is not None:
+            edit(ds)
+        (tmp_path / name).mkdir(exist_ok=True)
+        ds.save_as(tmp_path / name / file, enforce_file_format=True)
+        return tmp_path / name
+
+    return build
+
+
 @pytest.fixture
 def nifti(tmp_path):
     """Write a NIfTI file from an 8 x 9 x 10 volume; ``edit(header)`` changes raw header fields afterwards."""

@@ -644,17 +644,117 @@ def test_deflated_bomb_and_damage(series, monkeypatch):
     refused(folder, "deflated content is above", DataError)
 
 
-def test_multi_frame(series):
+# --- Several frames in one file -----------------------------------------------------------------------------
+
+
+def test_frames_without_a_place_are_refused(series):
     def edit(index, ds):
         ds.NumberOfFrames = 12
         ds.PixelData = ds.PixelData * 12
 
-    refused(series(edit, count=1), "multi-frame", DataError)
+    refused(series(edit, count=1), "im_000.dcm: multi-frame image without a place for each frame", DataError)
 
     def enhanced(index, ds):
         ds.PerFrameFunctionalGroupsSequence = []
 
-    refused(series(enhanced, count=1, name="enhanced"), "multi-frame", DataError)
+    refused(series(enhanced, count=1, name="empty"), "describes 0 of 1 frames", DataError)
+
+
+@pytest.mark.parametrize(
+    "order", [range(12), [7, 2, 11, 0, 9, 4, 1, 10, 3, 8, 5, 6]], ids=["sorted", "shuffled"]
+)
+def test_enhanced_object(enhanced, volume, expected_affine, oblique, order):
+    header = accepted(enhanced(order=order, frame=oblique), 2 * volume, expected_affine(oblique))
+    assert (header.notes, header.slice_thickness_mm, header.dtype) == ((), 5.0, np.uint16)
+
+
+def test_enhanced_objects_of_one_series_are_one_volume(enhanced, volume, expected_affine):
+    enhanced(order=range(1, 12, 2), file="odd.dcm")
+    accepted(enhanced(order=range(0, 12, 2), file="even.dcm"), 2 * volume, expected_affine())
+
+
+def test_groups_of_a_frame_go_before_the_shared_ones(enhanced, volume, expected_affine):
+    from pydicom.dataset import Dataset
+
+    def edit(ds):
+        shared = ds.SharedFunctionalGroupsSequence[0]
+        shared.PlaneOrientationSequence = ds.PerFrameFunctionalGroupsSequence[0].PlaneOrientationSequence
+        shared.PixelValueTransformationSequence = [Dataset()]
+        shared.PixelValueTransformationSequence[0].RescaleSlope = "7"
+        for groups in ds.PerFrameFunctionalGroupsSequence:
+            del groups.PlaneOrientationSequence
+            groups.PixelMeasuresSequence = [Dataset()]
+            groups.PixelMeasuresSequence[0].PixelSpacing = [1.25, 0.75]
+            groups.PixelMeasuresSequence[0].SliceThickness = 4
+
+    header = accepted(enhanced(edit), 2 * volume, expected_affine())
+    assert header.slice_thickness_mm == 4
+
+
+def test_frames_are_judged_like_files(enhanced):
+    refused(enhanced(name="gap", order=[0, 1, 2, 4, 5, 6]), "gap after slice index 2")
+
+    def phases(ds):
+        groups = ds.PerFrameFunctionalGroupsSequence
+        for index in range(6):
+            groups[index + 6].PlanePositionSequence = groups[index].PlanePositionSequence
+
+    refused(enhanced(phases, name="phases"), "the same 6 positions occur 2 times")
+
+    def localiser(ds):
+        orientation = ds.PerFrameFunctionalGroupsSequence[3].PlaneOrientationSequence[0]
+        orientation.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+
+    refused(enhanced(localiser, name="other"), r"1 of 12 images .*orientation \(first im.dcm, frame 4\)")
+
+    def lost(ds):
+        del ds.PerFrameFunctionalGroupsSequence[5].PlanePositionSequence
+
+    refused(enhanced(lost, name="lost"), r"ImagePositionPatient is missing .*first im.dcm, frame 6")
+
+
+def test_damaged_enhanced_objects(enhanced):
+    def short(ds):
+        ds.PixelData = ds.PixelData[: -2 * COLUMNS]
+
+    refused(enhanced(short, name="short"), "im.dcm: truncated", DataError)
+
+    def fewer(ds):
+        del ds.PerFrameFunctionalGroupsSequence[3]
+
+    refused(enhanced(fewer, name="fewer"), "describes 11 of 12 frames", DataError)
+
+    def still(ds):
+        ds.PerFrameFunctionalGroupsSequence[3].PixelValueTransformationSequence[0].RescaleSlope = "0"
+
+    refused(enhanced(still, name="slope"), "im.dcm, frame 4: RescaleSlope is 0", DataError)
+
+
+def test_enhanced_object_in_other_transfer_syntaxes(enhanced, volume, expected_affine):
+    from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+
+    def rle(ds):
+        ds.compress(RLELossless)
+
+    accepted(enhanced(rle, name="rle"), 2 * volume, expected_affine())
+    for syntax in (ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian):
+
+        def edit(ds, syntax=syntax):
+            ds.file_meta.TransferSyntaxUID = syntax
+
+        accepted(enhanced(edit, name=syntax.name), 2 * volume, expected_affine())
+
+
+def test_frame_types_are_noted(enhanced):
+    from pydicom.dataset import Dataset
+
+    def edit(ds):
+        for groups in ds.PerFrameFunctionalGroupsSequence[:4]:
+            groups.MRImageFrameTypeSequence = [Dataset()]
+            groups.MRImageFrameTypeSequence[0].FrameType = ["DERIVED", "PRIMARY", "M", "NONE"]
+
+    notes = read_series_header(enhanced(edit)).notes
+    assert notes == ("4 of 12 images are marked DERIVED: not as the scanner acquired them",)
 
 
 def test_colour_and_unsupported_layouts(series):

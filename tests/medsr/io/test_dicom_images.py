@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from medsr.errors import DataError
-from medsr.io.dicom_images import DicomImage, RefusedImage, looks_like_dicom, read_image, read_pixels
+from medsr.io.dicom_images import DicomImage, RefusedImage, looks_like_dicom, read_images, read_pixels
 
 
 def one(series, edit=None):
@@ -12,7 +12,7 @@ def one(series, edit=None):
 
 
 def test_facts_of_a_file(series):
-    image = read_image(one(series), preamble=True)
+    (image,) = read_images(one(series), preamble=True)
     assert isinstance(image, DicomImage)
     assert (image.rows, image.columns, image.dtype) == (32, 40, np.uint16)
     assert (image.position, image.pixel_spacing, image.thickness) == ((-20.0, 10.0, 30.0), (1.25, 0.75), 5.0)
@@ -23,8 +23,9 @@ def test_pixels_are_rescaled(series, expected_law):
     def edit(index, ds):
         ds.RescaleSlope, ds.RescaleIntercept = 2, -5
 
-    image = read_image(one(series, edit), preamble=True)
-    np.testing.assert_array_equal(read_pixels(image), 2 * expected_law(40, 32, 1)[..., 0].T - 5)
+    (image,) = read_images(one(series, edit), preamble=True)
+    (pixels,) = read_pixels([image])
+    np.testing.assert_array_equal(pixels, 2 * expected_law(40, 32, 1)[..., 0].T - 5)
 
 
 def test_first_bytes(series, tmp_path):
@@ -43,7 +44,7 @@ def test_what_cannot_be_used_keeps_its_reason_until_the_series_is_chosen(series)
     def edit(index, ds):
         ds.RescaleSlope = 0
 
-    found = read_image(one(series, edit), preamble=True)
+    (found,) = read_images(one(series, edit), preamble=True)
     assert isinstance(found, RefusedImage)
     assert (found.series, str(found.reason)) == (
         "1.2.3.111111",
