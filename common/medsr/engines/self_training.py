@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Events
-from ignite.handlers import EMAHandler, TimeLimit
+from ignite.handlers import TimeLimit
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from medsr.engines.prepare_batch import PrepareThickSlices
 from medsr.errors import SettingError
 from medsr.handlers.training import BudgetSchedule, GradientGuard
+from medsr.handlers.weight_average import WeightAverage
 from medsr.inferers.mixed_precision import MixedPrecisionInferer
 from medsr.inferers.precision import checked_precision
 from medsr.losses.uncertainty import UncertaintyAwareLoss
@@ -187,7 +188,7 @@ class SelfTraining:
             min_slices=2,
             seed=self.seed,
         )
-        average = EMAHandler(network, momentum=self.average_momentum)
+        average = WeightAverage(network, momentum=self.average_momentum)
         inferer = MixedPrecisionInferer(self.amp)
         trainer = SupervisedTrainer(
             device=device,

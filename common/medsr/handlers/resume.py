@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.engine.deterministic import update_dataloader
-from ignite.handlers import EMAHandler
 from monai.transforms import Randomizable
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
@@ -27,6 +26,7 @@ from torch.utils.data import BatchSampler
 from medsr.errors import SettingError, WeightsError
 from medsr.handlers.recycling import RecycleDormantUnits
 from medsr.handlers.training import BudgetSchedule, RunRecord
+from medsr.handlers.weight_average import WeightAverage
 from medsr.io.cases import input_digest
 from medsr.io.writing import atomic_path
 from medsr.settings import as_flag
@@ -87,7 +87,7 @@ class TrainingState:
     Example:
         >>> network = nn.Linear(1, 1)
         >>> schedule = BudgetSchedule(torch.optim.SGD(network.parameters()), 0.1, iterations=10)
-        >>> average, record = EMAHandler(network), RunRecord("record.json", {})
+        >>> average, record = WeightAverage(network), RunRecord("record.json", {})
         >>> TrainingState("state.pt", {"seed": 0}, schedule, average=average, record=record).resume
         False
     """
@@ -98,7 +98,7 @@ class TrainingState:
         settings: Mapping[str, Any],
         schedule: BudgetSchedule,
         *,
-        average: EMAHandler,
+        average: WeightAverage,
         record: RunRecord,
         recycling: RecycleDormantUnits | None = None,
         resume: bool | str = False,
@@ -176,10 +176,9 @@ class TrainingState:
         return parts
 
     def _save(self, engine: Engine) -> None:
-        warm_up = getattr(self.average, "momentum_scheduler", None)
         state = {
             "settings": self.settings,
-            "trainer": {**engine.state_dict(), "averaged": warm_up.event_index if warm_up else 0},
+            "trainer": dict(engine.state_dict()),
             "parts": {name: part.state_dict() for name, part in self._parts(engine).items()},
             "random": {
                 "order": self._order,
@@ -236,12 +235,8 @@ class TrainingState:
                 f"{self.path.name}: was made by another trainer ({reason}); {_ADVICE}"
             ) from None
         trainer, draws = found["trainer"], found["random"]
-        position = {key: value for key, value in trainer.items() if key != "averaged"}
         # The number of iterations may have changed.
-        engine.load_state_dict({**position, "epoch_length": engine.state.epoch_length})
-        warm_up = getattr(self.average, "momentum_scheduler", None)
-        if warm_up:
-            warm_up.event_index = trainer["averaged"]
+        engine.load_state_dict({**trainer, "epoch_length": engine.state.epoch_length})
         done = engine.state.iteration % engine.state.epoch_length
         if done:
             self._order = draws["order"]

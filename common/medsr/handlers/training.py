@@ -163,9 +163,9 @@ class WeightSaver:
     """Writes plain weights now and then, at the end, and when training is stopped: whole or not at all.
 
     ``monai.handlers.CheckpointSaver`` was considered: it writes in place, and a full disk destroys the last good
-    file. An exponential moving average makes better weights than the last iteration; pass ignite's
-    ``EMAHandler.ema_model``. Weights of an earlier training under the same name are kept as ``<name>_earlier``, unless
-    this training goes on with that one.
+    file. A moving average makes better weights than the last iteration; pass the ``ema_model`` of a
+    :class:`~medsr.handlers.weight_average.WeightAverage`. Weights of an earlier training under the same name are kept
+    as ``<name>_earlier``, unless this training goes on with that one.
 
     Args:
         network: whose weights are saved.

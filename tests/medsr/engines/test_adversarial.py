@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from ignite.engine import Events
-from ignite.handlers import EMAHandler
+from ignite.engine import Engine, Events
 from medsr.engines.adversarial import AdversarialSRTrainer
 from medsr.errors import MedsrError, SettingError
 from medsr.handlers.training import BudgetSchedule, GradientGuard, RunRecord, WeightSaver
+from medsr.handlers.weight_average import WeightAverage
 from medsr.losses.fusion import FusionLoss
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
@@ -269,7 +269,7 @@ def test_events_and_output_are_those_of_monai():
 def test_the_handlers_of_a_run_work(tmp_path):
     network, judge = generator(), discriminator()
     trainer = make(network, judge, warm_up=1)
-    average = EMAHandler(network, momentum=0.5)
+    average = WeightAverage(network, momentum=0.5)
     average.attach(trainer, event=Events.ITERATION_COMPLETED)
     record = RunRecord(
         tmp_path / "record.json", trainer.loss_function.describe(), trainer.loss_function, every=1
@@ -283,10 +283,11 @@ def test_the_handlers_of_a_run_work(tmp_path):
     )
     for handler in handlers:
         handler.attach(trainer)
-    expected, momentum = weights(network), 0.5
+    expected = weights(network)
 
     @trainer.on(Events.ITERATION_COMPLETED)
-    def follow(_: Any) -> None:
+    def follow(engine: Engine) -> None:
+        momentum = average.momentum_at(engine.state.iteration)
         for name, value in network.state_dict().items():
             expected[name].mul_(1 - momentum).add_(value, alpha=momentum)
 

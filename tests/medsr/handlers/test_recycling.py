@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler
 from medsr.errors import SettingError
 from medsr.handlers.recycling import RecycleDormantUnits
+from medsr.handlers.weight_average import WeightAverage
 from medsr.networks.plane_prior import PlanePrior
 from medsr.networks.se_gan import SEGenerator
 from medsr.networks.vdsr import VDSR
@@ -81,7 +81,7 @@ def test_a_channel_that_answered_once_since_the_last_time_is_left_alone():
 def test_the_average_follows_and_the_optimiser_forgets():
     network = block(3)
     step = torch.optim.Adam(network.parameters(), lr=0.01)
-    average = EMAHandler(network, momentum=0.1)
+    average = WeightAverage(network, momentum=0.1)
     handler = RecycleDormantUnits(network, at=[3], optimizer=step, average=average.ema_model)
     train(network, handler, iterations=3, step=step)
     assert torch.equal(average.ema_model[0].weight[:3], network[0].weight[:3])

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from ignite.handlers import EMAHandler
 from medsr.errors import MedsrError, OutputError, SettingError, WeightsError
 from medsr.handlers.resume import TrainingState
 from medsr.handlers.training import BudgetSchedule, GradientGuard, RunRecord, WeightSaver
+from medsr.handlers.weight_average import WeightAverage
 from monai.data import CacheDataset, DataLoader
 from monai.engines import SupervisedTrainer
 from monai.inferers import SimpleInferer
@@ -120,9 +120,7 @@ class Trial:
             else torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=2 * batches)
         )
         schedule = BudgetSchedule(optimizer, 0.01, **{"iterations": TOTAL, **(budget or {})})
-        average = EMAHandler(
-            self.network, momentum=0.1, momentum_warmup=0.5, warmup_iters=6, handle_buffers="update"
-        )
+        average = WeightAverage(self.network, momentum=0.1, handle_buffers="update")
         self.average = average.ema_model
         record = RunRecord(folder / "train_record.json", {}, every=3)
         self.state = TrainingState(
@@ -199,7 +197,6 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path, error):
 PIECES = [
     *(("parts", name) for name in ("network", "optimizer", "loss_function", "average")),
     *(("random", name) for name in ("order", "python", "numpy", "torch", "drawers")),
-    ("trainer", "averaged"),
 ]
 
 

@@ -11,7 +11,6 @@ from typing import IO
 
 import pytest
 import torch
-from ignite.handlers import EMAHandler
 from medsr.errors import MedsrError, OutputError, SettingError
 from medsr.handlers.training import (
     BudgetSchedule,
@@ -20,6 +19,7 @@ from medsr.handlers.training import (
     WeightSaver,
     save_weights,
 )
+from medsr.handlers.weight_average import WeightAverage
 from medsr.inferers.mixed_precision import MixedPrecisionInferer
 from monai.engines import SupervisedTrainer
 from monai.inferers import Inferer, SimpleInferer
@@ -409,7 +409,7 @@ def test_files_of_one_training_are_kept_under_one_number(tmp_path):
 
 def test_the_averaged_weights_are_saved(tmp_path):
     trial = Trial()
-    average = EMAHandler(trial.network, momentum=0.1)
+    average = WeightAverage(trial.network, momentum=0.1)
     trial.run(average, WeightSaver(average.ema_model, tmp_path / "model.pt"))
     saved = float(torch.load(tmp_path / "model.pt", weights_only=True)["weight"])
     assert saved == float(average.ema_model.weight)
