@@ -166,11 +166,12 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
         first = result[keys[0]]
         mask = result.get(self.foreground_key)
         mask = torch.as_tensor(head_mask(first[0])) if mask is None else torch.as_tensor(mask)
-        share = self.foreground
+        # A head is told from every fourth voxel; a lesion may lie between them.
+        share, every = self.foreground, 4
         if self.label_key is not None and self.R.random() < 0.5:
             label = torch.as_tensor(result[self.label_key]).amax(dim=0) > 0.5
-            mask, share = (label, 1.0) if label.any() else (mask, share)
-        order, block = self._draw(first, mask, share)
+            mask, share, every = (label, 1.0, 1) if label.any() else (mask, share, every)
+        order, block = self._draw(first, mask, share, every)
         flips = [axis + 1 for axis in range(3) if self.R.random() < 0.5]
         for key in keys:
             values = result[key].as_tensor() if isinstance(result[key], MetaTensor) else result[key]
@@ -178,7 +179,9 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
             result[key] = self._padded(values).flip(flips).contiguous()
         return result
 
-    def _draw(self, image: Tensor, mask: Tensor, wanted: float) -> tuple[list[int], tuple[slice, ...]]:
+    def _draw(
+        self, image: Tensor, mask: Tensor, wanted: float, every: int
+    ) -> tuple[list[int], tuple[slice, ...]]:
         meta = image.meta if isinstance(image, MetaTensor) else {}
         sharp = [int(axis) for axis in self.axes or meta.get("sharp_axes", (0, 1, 2))]
         best: tuple[float, list[int], tuple[slice, ...]] | None = None
@@ -193,7 +196,8 @@ class RandSharpAxisLastd(MapTransform, RandomizableTransform):
                 for n, s, step in zip(shape, self.size, steps, strict=True)
             ]
             block = tuple(slice(start, start + s) for start, s in zip(starts, self.size, strict=True))
-            share = float(mask.permute(order)[block][::4, ::4, ::4].float().mean())
+            looked_at = mask.permute(order)[block][::every, ::every, ::every]
+            share = int(looked_at.count_nonzero()) / looked_at.numel()
             if best is None or share > best[0]:
                 best = (share, order, block)
             if share >= wanted:

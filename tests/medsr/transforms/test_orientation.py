@@ -280,6 +280,10 @@ def test_every_second_block_looks_for_the_mask():
         return sum(bool(cut(item)["label"].any()) for _ in range(60))
 
     assert hits(label_key="label") > 2 * hits() > 0
+    # A lesion of one voxel, wherever it lies.
+    for place in range(4):
+        label.zero_()[:, 20 + place, 20 + place, 20 + place] = 1
+        assert hits(label_key="label") > 2 * hits() > 0
     empty = {**item, "label": torch.zeros_like(label)}
     cut = RandSharpAxisLastd(["image", "label"], (12, 12, 12), 0.0, label_key="label").set_random_state(0)
     assert cut(empty)["label"].shape == (1, 12, 12, 12)
