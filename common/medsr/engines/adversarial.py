@@ -88,6 +88,7 @@ class AdversarialSRTrainer(SupervisedTrainer):
     def _iteration(self, engine: Engine, batchdata: Any) -> Any:  # type: ignore[override]
         loss: FusionLoss = engine.loss_function
         warming_up = engine.state.iteration <= self.warm_up
+        self.discriminator_guard.remember()
         trained = [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
         # For the generator's step the loss knows the discriminator, whose weights are frozen; the step is MONAI's.
         engine.loss_function = loss.pixel if warming_up else partial(self._judged, loss)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
-from torch import nn
+from torch import Tensor, nn
 
 import medsr
 from medsr import catalog
@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 
 class GradientGuard:
     """Clips the gradient and skips the step where it is not finite; stops after too many skips in a row.
+
+    Buffers, as the running statistics of a batch norm, change before there is a gradient; those that a skipped batch
+    has made infinite or NaN get back the values that they had.
 
     ``ignite.handlers.TerminateOnNan`` was considered: it looks after the step, when the weights are lost already.
 
@@ -55,10 +58,16 @@ class GradientGuard:
         self.network, self.max_norm, self.patience = network, float(max_norm), int(patience)
         self.skipped = 0
         self._in_a_row = 0
+        self._buffers: list[Tensor] = []
 
     def attach(self, engine: Engine) -> None:
         """Register on a MONAI trainer."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self.remember)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def remember(self) -> None:
+        """Keep the buffers as they are before an iteration."""
+        self._buffers = [buffer.clone() for buffer in self.network.buffers()]
 
     def __call__(self, engine: Engine) -> None:
         """Clip, or drop the gradient of this iteration."""
@@ -72,6 +81,9 @@ class GradientGuard:
             return
         self.skipped += 1
         self._in_a_row += 1
+        for buffer, before in zip(self.network.buffers(), self._buffers, strict=False):
+            if not torch.isfinite(buffer).all():
+                buffer.copy_(before)
         # A scaler skips the step itself, and has to see why.
         if not is_scaled:
             for parameter in self.network.parameters():

@@ -85,6 +85,25 @@ def test_a_bad_batch_is_skipped_and_the_weights_survive():
     assert seen[0] > seen[2] > seen[4] > seen[5]
 
 
+def test_a_bad_batch_leaves_nothing_in_running_statistics():
+    trial = Trial(bad=(2,))
+    trial.network = nn.Sequential(trial.network, nn.BatchNorm1d(1))
+    trial.batches = [
+        {"image": batch["image"] * torch.tensor([[1.0], [3]]), "label": torch.zeros(2, 1)}
+        for batch in trial.batches
+    ]
+    seen = []
+    average = WeightAverage(trial.network, 0.1, handle_buffers="update")
+    trial.run(
+        GradientGuard(trial.network),
+        average,
+        At(lambda engine: seen.append(float(trial.network[1].running_var))),
+    )
+    assert seen[2] == seen[1] != seen[0]
+    assert seen[3] != seen[2]
+    assert all(torch.isfinite(value).all() for value in average.ema_model.state_dict().values())
+
+
 def test_without_the_guard_the_weights_would_be_lost():
     trial = Trial(bad=(1,))
     trial.run()
