@@ -252,10 +252,21 @@ class SliceSRNet(nn.Module):
     def encoder_features(
         self, image: Tensor, scale: float | None = None, thickness: float = 1.0, *, count: int = 5
     ) -> list[Tensor]:
-        """The first ``count`` feature maps of stem and stages, ``(B, C, H', W', D)``: what distillation looks at."""
-        padded, _ = self._padded(image.permute(0, 1, 4, 2, 3))
+        """The first ``count`` feature maps of stem and stages, ``(B, C, H', W', D)``: what distillation looks at.
+
+        They cover the field of view of the image, to the nearest of their voxels.
+        """
+        padded, before = self._padded(image.permute(0, 1, 4, 2, 3))
         condition = self._condition(self.scale if scale is None else scale, thickness, image)
-        return [level.permute(0, 1, 3, 4, 2) for level in self.encoder(padded, condition, count=count)]
+        features = []
+        for level in self.encoder(padded, condition, count=count):
+            stride = padded.shape[-1] // level.shape[-1]
+            rows, columns = (
+                slice(start // stride, start // stride + -(-size // stride))
+                for start, size in zip(before, image.shape[2:4], strict=True)
+            )
+            features.append(level[..., rows, columns].permute(0, 1, 3, 4, 2))
+        return features
 
     def _basis(
         self, padded: Tensor, half: tuple[Tensor, Tensor], gate: Tensor, columns: tuple[int, int]

@@ -277,6 +277,20 @@ def test_features_for_distillation_are_those_of_the_layout():
     assert torch.equal(first[1], levels[1])
 
 
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (28, 36), (16, 21)])
+def test_features_cover_the_image_and_not_its_padding(height, width):
+    image = stack(3, (height, width))
+    for level, stride in zip(tiny().encoder_features(image), (2, 2, 4, 8, 8), strict=True):
+        assert level.shape[2:4] == (-(-height // stride), -(-width // stride))
+
+
+def test_features_lie_where_they_lie_in_the_padded_image():
+    network, image = tiny(), stack(3, (12, 20))
+    padded = torch.nn.functional.pad(image, (0, 0, 2, 2, 2, 2), mode="replicate")
+    whole = network.encoder_features(padded)[0]
+    torch.testing.assert_close(network.encoder_features(image)[0], whole[:, :, 1:-1, 1:-1])
+
+
 def test_weights_survive_a_plain_file(tmp_path):
     network = perturbed(tiny("uncertainty"))
     torch.save(network.state_dict(), tmp_path / "model.pt")
