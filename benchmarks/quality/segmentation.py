@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from medsr import catalog
 from medsr.engines.mask_comparison import PROTOCOL, mask_table
 from medsr.io.writing import write_json
 
@@ -31,9 +32,9 @@ _log = logging.getLogger(__name__)
 
 HEAD = """# Results of the segmentation
 
-Written by `{command}`. Every row is a subject that no part of the chain has seen: it was left out of the
-super-resolution of the masks, of the pseudo data and of the training of every network. Few subjects: they show what the
-method does, and nothing clinical.
+Written by `{command}`. Every row is a subject that was left out of the super-resolution of the masks, of the
+pseudo data and of the training of every network. {seen} Few subjects: they show what the method does, and nothing
+clinical.
 
 Protocol: {protocol}. min_island_fraction is {fraction:g}.
 
@@ -133,6 +134,7 @@ def main() -> None:
         setting |= {"study": arguments.study, "ratio": arguments.ratio, **budgets, "networks": list(variants)}
         rows = with_earlier(arguments.report.with_suffix(".json"), setting, rows)
         head = HEAD.format(
+            seen=about_seen(seen_before(arguments.study)),
             command=f"python -m benchmarks.quality.segmentation {arguments.study} ...",
             protocol=PROTOCOL,
             fraction=arguments.min_island_fraction,
@@ -142,6 +144,33 @@ def main() -> None:
             upper=UPPER_BOUND,
         )
         arguments.report.write_text(f"{head}\n{mask_table(rows)}\n")
+
+
+def seen_before(study: str) -> list[str]:
+    """Cases whose image the weights were trained on that the chain starts from, those of the super-resolution bundle.
+
+    Example:
+        >>> seen_before("tumour"), seen_before("ventricle")
+        ([], ['vxm'])
+    """
+    config = catalog.bundle_root(SUPERRES) / "configs" / "train_shipped.json"
+    files = json.loads(config.read_text(encoding="utf-8"))["train_files"]
+    return [case for case, source in STUDIES[study].items() if source.image in files]
+
+
+def about_seen(cases: Sequence[str]) -> str:
+    """What a page says about them.
+
+    Example:
+        >>> about_seen([])
+        'Nor had the super-resolution that the chain starts from seen it.'
+    """
+    if not cases:
+        return "Nor had the super-resolution that the chain starts from seen it."
+    return (
+        f"The super-resolution that the chain starts from had learnt from the image of {' and '.join(cases)}, "
+        "though not from its mask: look at the others."
+    )
 
 
 def with_earlier(

@@ -101,3 +101,17 @@ def test_a_report_keeps_the_cases_of_earlier_runs_with_the_same_settings(tmp_pat
     with pytest.raises(SystemExit, match=r"results\.json: was made with other settings"):
         segmentation.with_earlier(path, {**setting, "start": 2000}, rows("b", 0.9))
     assert json.loads(path.read_text())["rows"] == found
+
+
+@pytest.mark.parametrize(
+    ("study", "seen"),
+    [("tumour", []), ("ms_lesion", ["ms-07"]), ("structures", ["vxm"]), ("ventricle", ["vxm"])],
+)
+def test_pages_name_the_cases_that_the_chain_s_start_had_seen(commands, tmp_path, monkeypatch, study, seen):
+    assert segmentation.seen_before(study) == seen
+    report = tmp_path / "page.md"
+    given = [study, str(tmp_path / "out"), "--report", str(report), "--only", "ours"]
+    monkeypatch.setattr(sys, "argv", ["segmentation", *given])
+    segmentation.main()
+    assert segmentation.about_seen(seen) in report.read_text()
+    assert all(case in segmentation.about_seen(seen) for case in seen)
