@@ -563,7 +563,9 @@ def _refuse_out_of_range(name: str, default: object, value: object) -> None:
         return
     if name in _SMALLEST:
         for one in value if isinstance(default, list) and isinstance(value, list) else [value]:
-            as_whole(name, one, _SMALLEST[name])
+            whole = as_whole(name, one, _SMALLEST[name])
+            if isinstance(one, float):
+                raise SettingError(f"{name} must be written without point or exponent: {whole}, not {one}")
     elif name in _ABOVE_ZERO and isinstance(default, list):
         as_numbers(name, value, above=0)
     elif name in _ABOVE_ZERO:

@@ -386,6 +386,16 @@ def test_what_pytorch_would_refuse_without_a_name_is_named(
     catalog.refuse_unclear({name: "$@other"}, [config])
 
 
+@pytest.mark.parametrize(("word", "whole"), [("1e3", "1000"), ("8.0", "8")])
+def test_a_whole_number_that_arrives_as_a_fraction_is_named(tmp_path: Path, word: str, whole: str) -> None:
+    config = tmp_path / "train.json"
+    config.write_text(json.dumps({"iterations": 400}))
+    with pytest.raises(
+        SettingError, match=f"^iterations must be written without point or exponent: {whole}, not"
+    ):
+        catalog.check_overrides([*RUN, "--config_file", str(config), "--iterations", word])
+
+
 def test_a_budget_of_time_can_be_taken_away(tmp_path: Path) -> None:
     config = tmp_path / "train.json"
     config.write_text(json.dumps({"minutes": 15}))
