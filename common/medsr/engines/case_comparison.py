@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from medsr.io.writing import write_json
 from medsr.settings import as_number
 from medsr.transforms.thick_slices import ThickSliceParameters
 
-__all__ = ["CaseComparison", "thick_parameters"]
+__all__ = ["CaseComparison", "thick_parameters", "total_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class CaseComparison:
 
     Args:
         cases: items with the key ``case``; one with the key ``error`` is known to be bad already.
-        output: file of the results, JSON.
+        output: file of the results, JSON; one of an earlier comparison is kept as ``<name>_earlier.json``.
 
     Example:
         >>> CaseComparison([]).run()
@@ -48,6 +49,8 @@ class CaseComparison:
     def run(self) -> list[dict[str, Any]]:
         """Compare, log and write the table; return its rows."""
         self.rows, self.left_out, self.notes = [], {}, {}
+        if self.output:
+            _keep_earlier(Path(self.output))
         for case in self.cases:
             try:
                 if "error" in case:
@@ -90,6 +93,26 @@ class CaseComparison:
     def _table(self) -> str:
         """All rows, for people."""
         raise NotImplementedError
+
+
+def _keep_earlier(path: Path) -> None:
+    """Rename the file of an earlier comparison, which may be of other weights and took as long to make."""
+    if not path.exists():
+        return
+    numbers = (f"_earlier_{number}" if number > 1 else "_earlier" for number in count(1))
+    kept = next(one for one in (path.with_stem(path.stem + end) for end in numbers) if not one.exists())
+    path.rename(kept)
+    _log.warning("%s of an earlier comparison is kept as %s", path.name, kept.name)
+
+
+def total_of(groups: Sequence[str], group: str | None) -> str:
+    """What a table calls a group, and what it calls all of them together, which is None.
+
+    Example:
+        >>> total_of(["a"], "a"), total_of(["a"], None), total_of(["all"], None)
+        ('a', 'all', 'all groups')
+    """
+    return group or ("all groups" if "all" in groups else "all")
 
 
 def thick_parameters(

@@ -11,7 +11,7 @@ import torch
 from monai.transforms import Compose
 from torch import Tensor, nn
 
-from medsr.engines.case_comparison import CaseComparison
+from medsr.engines.case_comparison import CaseComparison, total_of
 from medsr.engines.image_comparison import DEGRADATION, refuse_other_scales
 from medsr.errors import SettingError
 from medsr.inferers.frame_segmentation import FrameSegmentationInferer
@@ -196,19 +196,21 @@ def frame_table(rows: Sequence[Mapping[str, Any]]) -> str:
     names = names if len(names) > 1 else []
     titles = ["group", "frames", "input", "network", *_TABLE.values(), *names]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for group in [*groups, "all"]:
+    for group in [*groups, None]:
         for source, network in methods:
             found = [
                 row
                 for row in rows
-                if group in ("all", row["group"]) and (row["input"], row["network"]) == (source, network)
+                if group in (None, row["group"]) and (row["input"], row["network"]) == (source, network)
             ]
             if not found:
                 continue
             scores = summary(found)
             cells = [_cell(scores[key], scores.get(f"{key}_std_over_frames")) for key in _TABLE]
             cells += [_cell(scores["class_iou"][name]) for name in names]
-            lines.append("| " + " | ".join([group, str(len(found)), source, network, *cells]) + " |")
+            lines.append(
+                "| " + " | ".join([total_of(groups, group), str(len(found)), source, network, *cells]) + " |"
+            )
     return "\n".join(lines)
 
 

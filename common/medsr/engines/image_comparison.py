@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from medsr.engines.case_comparison import CaseComparison
+from medsr.engines.case_comparison import CaseComparison, total_of
 from medsr.errors import SettingError
 from medsr.inferers.image_superres import ImageSuperResInferer
 from medsr.io.images import read_image
@@ -155,6 +155,10 @@ def refuse_other_scales(networks: Mapping[str, nn.Module], scale: int) -> None:
 def image_table(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, str] | None = None) -> str:
     """Means per group and over all images as a Markdown table: one line per method, one column pair per protocol.
 
+    An image that a method restores exactly, as interpolation does a black one, has no finite PSNR. It counts in the
+    PSNR of no method under that protocol, because their means would be those of different images; a line below says
+    how many there are.
+
     Args:
         rows: scores of every image by every method under every protocol.
         extra: further keys of the rows, which do not depend on the protocol, to the titles of their columns.
@@ -178,20 +182,24 @@ def image_table(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, str] | No
         "| " + " | ".join(["group", "images", "method", *names]) + " |",
         "|---" * (3 + len(names)) + "|",
     ]
-    for group in [*groups, "all"]:
-        inside = [row for row in rows if group in ("all", row["group"])]
+    exact = {(row["case"], row["protocol"]) for row in rows if row["psnr_db"] is None}
+    for group in [*groups, None]:
+        inside = [row for row in rows if group in (None, row["group"])]
         count = len({row["case"] for row in inside})
         for method in methods:
             cells = []
             for protocol in protocols:
                 found = [row for row in inside if row["method"] == method and row["protocol"] == protocol]
-                for key, digits in (("psnr_db", 2), ("ssim", 4)):
-                    scores = [math.inf if row[key] is None else row[key] for row in found]
-                    cells.append(f"{mean_score(scores).mean:.{digits}f}" if scores else "-")
+                finite_ones = [row for row in found if (row["case"], protocol) not in exact]
+                for key, digits, those in (("psnr_db", 2, finite_ones), ("ssim", 4, found)):
+                    cells.append(f"{mean_score(row[key] for row in those).mean:.{digits}f}" if those else "-")
             for key in extra:
                 known = [row[key] for row in inside if row["method"] == method and row[key] is not None]
                 cells.append(f"{mean_score(known).mean:.3f}" if known else "-")
-            lines.append("| " + " | ".join([group, str(count), method, *cells]) + " |")
+            lines.append("| " + " | ".join([total_of(groups, group), str(count), method, *cells]) + " |")
+    if exact:
+        cases = {case for case, _ in exact}
+        lines += ["", f"In no PSNR above, because a method restores them exactly: {len(cases)} images."]
     return "\n".join(lines)
 
 

@@ -56,6 +56,17 @@ def test_rows_of_an_earlier_run_do_not_pass_for_those_of_one_without_any(tmp_pat
     assert (found["rows"], list(found["left_out"])) == ([], ["bad"])
 
 
+def test_the_rows_of_earlier_runs_are_kept_beside(tmp_path, caplog):
+    for name in ("one", "three", "seven"):
+        Lengths([{"case": name}], tmp_path / "rows.json").run()
+    found = [
+        json.loads((tmp_path / f"rows{end}.json").read_text())["rows"][0]["case"]
+        for end in ("_earlier", "_earlier_2", "")
+    ]
+    assert found == ["one", "three", "seven"]
+    assert "rows.json of an earlier comparison is kept as rows_earlier_2.json" in caplog.text
+
+
 def test_a_second_run_starts_anew_and_a_clean_one_ends_well():
     comparison = Lengths([{"case": "one"}])
     assert comparison.run() == comparison.run()

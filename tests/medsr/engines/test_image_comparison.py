@@ -105,10 +105,38 @@ def test_means_are_per_group_and_equal_images_do_not_count():
         "| a | 2 | m | 30.00 | 0.5000 |",
         "| b | 1 | m | 40.00 | 0.5000 |",
         "| all | 3 | m | 35.00 | 0.5000 |",
+        "",
+        "In no PSNR above, because a method restores them exactly: 1 images.",
     ]
-    assert math.inf == float(image_table(rows[1:2]).splitlines()[2].split("|")[4])
+    assert image_table(rows[1:2]).splitlines()[2] == "| a | 1 | m | - | 0.5000 |"
     with pytest.raises(SettingError, match="no rows"):
         image_table([])
+
+
+def test_what_one_method_restores_exactly_counts_for_none_of_them():
+    row = {"group": "a", "protocol": "p", "ssim": 0.5}
+    rows = [
+        {**row, "case": f"a-{n}", "method": method, "psnr_db": value}
+        for n, values in enumerate([(30.0, 31.0), (None, 80.0)])
+        for method, value in zip(("cubic", "network"), values, strict=True)
+    ]
+    assert [line.split(" | ")[3] for line in image_table(rows).splitlines()[2:4]] == ["30.00", "31.00"]
+    # Of the same image under another protocol, all have a score.
+    other = [{**one, "protocol": "q", "psnr_db": 20.0} for one in rows]
+    assert image_table([*rows, *other]).splitlines()[3].split(" | ")[3:] == [
+        "31.00",
+        "0.5000",
+        "20.00",
+        "0.5000 |",
+    ]
+
+
+def test_a_group_called_all_is_not_the_total():
+    row = {"method": "m", "protocol": "p", "ssim": 0.5}
+    rows = [{**row, "case": f"{g}-1", "group": g, "psnr_db": v} for g, v in (("all", 30.0), ("b", 40.0))]
+    lines = image_table(rows).splitlines()[2:]
+    assert [line[:16] for line in lines] == ["| all | 1 | m | ", "| b | 1 | m | 40", "| all groups | 2"]
+    assert [line.split(" | ")[3] for line in lines] == ["30.00", "40.00", "35.00"]
 
 
 def test_further_columns_are_means_of_what_is_known():
