@@ -28,6 +28,7 @@ from medsr.engines.case_evaluator import CaseDataset, named, one_line
 from medsr.errors import DataError, OutputError, SettingError
 from medsr.handlers.case_output import RunReport
 from medsr.inferers.stereo_superres import StereoSuperResInferer
+from medsr.io.cases import input_digest
 from medsr.io.image_writing import write_image
 from medsr.io.images import ImageEncoding
 from medsr.io.loading import LoadImageFiled
@@ -155,12 +156,14 @@ class StereoVideo:
             "status": "unfinished",
             "reason": f"{clip.name}: interrupted",
             "input": clip.name,
+            "input_digest": clip.digest,
         }
+        replaces = self.overwrite and result == "png" and self._is_ours()
         self.report.cases = {clip.name: entry}
         try:
             rows = self._compare_rows(clip, entry)
             self.report.write()
-            self._frames(clip, result, rows=rows, entry=entry)
+            self._frames(clip, result, rows=rows, entry=entry, replaces=replaces)
         except Exception as error:
             entry["reason"] = one_line(error)
             raise
@@ -193,6 +196,7 @@ class StereoVideo:
             tick=header.tick,
             notes=header.notes,
             is_file=True,
+            digest=input_digest({"image": str(path)}),
         )
 
     def _refuse(self, clip: _Clip, result: str) -> None:
@@ -219,11 +223,21 @@ class StereoVideo:
             with contextlib.suppress(OSError, ValueError):
                 before = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
                 self.report.refuse_mixture(clip.name, before)
+                _refuse_other_frames(clip, before)
         elif existing and not self.overwrite:
             raise OutputError(
                 f"{existing[0].relative_to(self.output_dir).as_posix()}: is there already; choose another output "
                 "folder, or set resume or overwrite to true"
             )
+
+    def _is_ours(self) -> bool:
+        """Whether the frames in the output folder are those of an earlier run."""
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
+            return any(
+                f"{_VIEWS[0]}/" in entry.get("files", ()) for entry in before.get("cases", {}).values()
+            )
+        return False
 
     def _video(self, clip: _Clip, result: str) -> Path:
         return self.output_dir / f"{Path(clip.name).stem if clip.is_file else clip.name}_superres.{result}"
@@ -251,13 +265,13 @@ class StereoVideo:
             _log.warning("%s: %s", clip.name, warning)
         return shift
 
-    def _frames(self, clip: _Clip, result: str, *, rows: int, entry: dict[str, Any]) -> None:
+    def _frames(self, clip: _Clip, result: str, *, rows: int, entry: dict[str, Any], replaces: bool) -> None:
         """Super-resolve all frames, and write each while the next one is computed."""
         tally = _Tally(entry, whole=clip.is_file)
         # Disabled or not said: TQDM_DISABLE counts only where nothing is said.
         quiet = {} if self.progress else {"disable": True}
         bar = tqdm(total=clip.count, desc=clip.name, unit="frame", **quiet)
-        with tally, self._writer(clip, result) as writer, bar:
+        with tally, self._writer(clip, result, replaces=replaces) as writer, bar:
             with _Behind(writer, tally) as behind:
                 for item in clip.items():
                     if self.resume and "error" not in item and writer.has(item["case"]):
@@ -270,11 +284,11 @@ class StereoVideo:
         _log.info("%s: %d frames, %s per second", clip.name, tally.done, entry["frames_per_second"])
 
     @contextmanager
-    def _writer(self, clip: _Clip, result: str) -> Iterator[_Writer]:
+    def _writer(self, clip: _Clip, result: str, *, replaces: bool) -> Iterator[_Writer]:
         entry = self.report.cases[clip.name]
         if result == "png":
             entry["files"] = [f"{view}/" for view in _VIEWS]
-            yield _Pairs(self.output_dir)
+            yield _Pairs(self.output_dir, replaces=replaces)
             return
         path = self._video(clip, result)
         assert clip.rate is not None
@@ -304,6 +318,22 @@ class _Clip(NamedTuple):
     tick: Fraction | None
     notes: tuple[str, ...] = ()
     is_file: bool = False
+    digest: str = ""
+
+
+def _refuse_other_frames(clip: _Clip, before: Mapping[str, Any]) -> None:
+    """Refuse to go on in a folder that holds frames of another source, whose numbers may be the same."""
+    for name, entry in before.get("cases", {}).items():
+        if name != clip.name:
+            raise OutputError(
+                f"{clip.name}: frames of {name} are there already; choose another output folder"
+            )
+        # Reports of earlier releases do not tell.
+        if entry.get("input_digest", clip.digest) != clip.digest:
+            raise OutputError(
+                f"{clip.name}: is there already, made of other frames; choose another output folder or set overwrite "
+                "to true"
+            )
 
 
 class _Frame(NamedTuple):
@@ -332,10 +362,10 @@ class _Writer(Protocol):
 
 
 class _Pairs:
-    """Two folders of PNG files."""
+    """Two folders of PNG files; of what an earlier run has left there nothing stays, if this one replaces it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folders = [folder / view for view in _VIEWS]
+    def __init__(self, folder: Path, *, replaces: bool) -> None:
+        self.folders, self.replaces = [folder / view for view in _VIEWS], replaces
         for one in self.folders:
             probe_folder(one)
 
@@ -344,6 +374,11 @@ class _Pairs:
 
     def write(self, frame: _Frame) -> None:
         paths = self._paths(frame.item["case"])
+        if self.replaces:
+            # Not before there is a frame, and all of them, because the earlier ones may be of another clip.
+            for path in [path for folder in self.folders for path in folder.glob("*.png")]:
+                path.unlink()
+            self.replaces = False
         try:
             for path, view in zip(paths, frame.views, strict=True):
                 write_image(path, view.numpy(), frame.encoding)
@@ -491,8 +526,14 @@ def _folder(path: Path, split: SplitFramed, rate: Fraction | None) -> _Clip:
     def every() -> Iterator[dict[str, Any]]:
         return ({**frames[index], "ticks": index} for index in range(len(items)))
 
+    files = [item[key] for item in items for key in ("image", "image_right") if key in item]
     return _Clip(
-        path.resolve().name, every, count=len(items), rate=rate, tick=None if rate is None else 1 / rate
+        path.resolve().name,
+        every,
+        count=len(items),
+        rate=rate,
+        tick=None if rate is None else 1 / rate,
+        digest=input_digest({f"{number:09d}": file for number, file in enumerate(files)}),
     )
 
 

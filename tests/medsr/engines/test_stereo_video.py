@@ -494,6 +494,26 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, is_file):
     )
 
 
+def test_frames_of_two_clips_are_never_mixed(tmp_path):
+    first, other, out = folder(tmp_path / "first", 3), folder(tmp_path / "other", 2), tmp_path / "out"
+    run(first, out)
+    with pytest.raises(OutputError, match="other: frames of first are there already"):
+        run(other, out, resume=True)
+    # Nothing of the longer one stays.
+    run(other, out, overwrite=True)
+    assert sorted(pngs(out)) == ["left/0.png", "left/1.png", "right/0.png", "right/1.png"]
+    save(frame(7), other / "left" / "1.png")
+    with pytest.raises(OutputError, match="other: is there already, made of other frames"):
+        run(other, out, resume=True)
+
+
+def test_images_that_no_run_has_made_stay(tmp_path):
+    source, out = folder(tmp_path / "in", 1), tmp_path / "out"
+    save(frame(5), out / "left" / "mine.png")
+    run(source, out, overwrite=True)
+    assert sorted(pngs(out)) == ["left/0.png", "left/mine.png", "right/0.png"]
+
+
 def test_the_progress_bar_tells_the_frames_per_second(tmp_path, capsys):
     run(folder(tmp_path / "in", 2), tmp_path / "out", progress=True)
     assert "frame/s" in capsys.readouterr().err
