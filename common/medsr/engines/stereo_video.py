@@ -129,14 +129,14 @@ class StereoVideo:
         if layout not in FRAME_LAYOUTS:
             raise SettingError(f"layout must be one of {', '.join(FRAME_LAYOUTS)}, got '{layout}'")
         if isinstance(rows, str) and rows != "estimate":
-            raise SettingError(f"rows must be a whole number or 'estimate', got '{rows}'")
+            raise SettingError(f"row_shift must be a whole number or 'estimate', got '{rows}'")
         self.resume, self.overwrite = as_flag("resume", resume), as_flag("overwrite", overwrite)
         if self.resume and self.overwrite:
             raise SettingError("resume keeps what is there, overwrite replaces it; choose one of them")
         self.source, self.network, self.output_dir = source, network, Path(output_dir)
         self.inferer = StereoSuperResInferer() if inferer is None else inferer
         self.split = SplitFramed("image", layout, right_first=right_first)
-        self.rows = rows if isinstance(rows, str) else as_whole("rows", rows)
+        self.rows = rows if isinstance(rows, str) else as_whole("row_shift", rows)
         self.result, self.rate, self.progress = result, _rate(frame_rate), as_flag("progress", progress)
         self.device = torch.device(device)
         self.report = _ClipReport(self.output_dir, device=self.device, **(record or {}))
@@ -472,11 +472,11 @@ class _Tally(AbstractContextManager["_Tally"]):
         return next(iter(self.failures.values()), "there is none")
 
     def add(self, frame: _Frame) -> None:
-        pair, views, facts = frame.pair, frame.views, frame.facts
+        source, pair, views, facts = frame.item["image"], frame.pair, frame.views, frame.facts
         self.done += 1
         self.network_seconds += frame.seconds
         self.entry.update({key: facts[key] for key in _FACTS if key in facts})
-        self.entry.setdefault("input_size", list(pair.shape[1:]))
+        self.entry.setdefault("input_size", list(source.shape[1:]))
         self.entry.setdefault("output_size", list(views[0].shape[1:]))
         for key in _LOWEST:
             if facts.get(key) is not None:

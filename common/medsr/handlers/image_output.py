@@ -68,7 +68,10 @@ def pair_facts(item: Mapping[str, Any]) -> dict[str, Any]:
     """
     meta = item["image"].meta
     keys = ("row_offset_px", "row_residual_px", "row_patches", "disparity_px")
-    return {**image_facts(item), **{key: round(float(meta[key]), 2) for key in keys if key in meta}}
+    facts = {**image_facts(item), **{key: round(float(meta[key]), 2) for key in keys if key in meta}}
+    # Rows without a counterpart were cut off.
+    facts["input_size"][0] += abs(round(facts.get("row_offset_px", 0)))
+    return facts
 
 
 def _plain(image: Any) -> Tensor:

@@ -19,9 +19,9 @@ from medsr.transforms.bicubic import bicubic_bands
 __all__ = ["ImageSuperResInferer"]
 
 LARGEST_FLOAT32 = 2**26
-"""Pixels of a result that are kept in float32; more, as of a photograph of several megapixels, in float16.
+"""Pixels of a result that are always kept in float32; more, as of a photograph of several megapixels, in float16.
 
-Its steps are an eighth of the steps of an 8-bit file at most.
+Its steps are an eighth of the steps of an 8-bit file at most. Finer images are kept in float32, whatever their size.
 """
 
 _INVENTED_FROM = 8
@@ -51,8 +51,8 @@ class ImageSuperResInferer(Inferer):
         **tiles: settings of :class:`~medsr.inferers.tiles.TileInferer`.
 
     Shape:
-        ``(1, C, H, W)`` in [0, 1] to ``(1, C, s * H, s * W)`` in [0, 1], on the CPU, float32 up to
-        ``LARGEST_FLOAT32`` pixels.
+        ``(1, C, H, W)`` in [0, 1] to ``(1, C, s * H, s * W)`` in [0, 1], on the CPU, float32; above
+        ``LARGEST_FLOAT32`` pixels, where the input has no more than 8 bits, float16.
 
     Raises:
         SettingError: if a setting is out of range.
@@ -122,7 +122,8 @@ class ImageSuperResInferer(Inferer):
         image = image[:, :, None].expand(-1, -1, network.in_channels // channels, -1, -1).flatten(1, 2)
         if isinstance(self.inferer, SelfEnsemble):
             return _averaged(self.inferer(image, network), channels)
-        dtype = torch.float32 if height * width <= LARGEST_FLOAT32 else torch.float16
+        halved = height * width > LARGEST_FLOAT32 and _has_8_bits(image)
+        dtype = torch.float16 if halved else torch.float32
         result = torch.empty(1, channels, height, width, dtype=dtype)
 
         def place(row: int, column: int, part: Tensor) -> None:
@@ -141,6 +142,12 @@ class ImageSuperResInferer(Inferer):
 def _averaged(image: Tensor, channels: int) -> Tensor:
     """The means of as many groups of channels."""
     return image if image.shape[1] == channels else image.unflatten(1, (channels, -1)).mean(2)
+
+
+def _has_8_bits(image: Tensor) -> bool:
+    """Whether an image in [0, 1] holds whole 255ths alone."""
+    levels = 255 * image
+    return bool((levels - levels.round()).abs().max() < 1e-3)
 
 
 def decibels(difference: Tensor) -> float | None:

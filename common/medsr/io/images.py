@@ -445,17 +445,20 @@ def _picture_header(path: Path) -> ImageHeader:
             notes.append("the pixels are floating-point numbers; results are written with 16 bits")
         orientation = _orientation(image, chunks, notes)
         width, height = image.size
-        # Pillow itself turns TIFF files, and tells their size accordingly.
-        if orientation >= 5 and image.format != "TIFF":
-            width, height = height, width
+        # Without a resolution Pillow reports 1 for TIFF files.
+        dpi = None if tags and _TIFF_RESOLUTION not in tags else _dpi(image.info.get("dpi"))
+        if orientation >= 5:
+            dpi = dpi and (dpi[1], dpi[0])
+            # Pillow itself turns TIFF files, and tells their size accordingly.
+            if image.format != "TIFF":
+                width, height = height, width
         encoding = ImageEncoding(
             file_format=str(image.format),
             bits=bits,
             channels=channels,
             span=1.0 if image.mode == "F" else 2.0**bits - 1,
             icc_profile=image.info.get("icc_profile") or None,
-            # Without a resolution Pillow reports 1 for TIFF files.
-            dpi=None if tags and _TIFF_RESOLUTION not in tags else _dpi(image.info.get("dpi")),
+            dpi=dpi,
             png_colour=tuple((name.decode(), chunks[name]) for name in _PNG_COLOUR if name in chunks),
         )
     return ImageHeader(path, (height, width), encoding, alpha, orientation, tuple(notes))

@@ -97,8 +97,9 @@ def frames_of_groups(
         [{'case': 'b-1'}]
     """
     known = sorted({group_of(item["case"]) for item in items})
-    leave_out = ensure_tuple(leave_out)
-    wanted = known if groups is None else ensure_tuple(groups)
+    # A command line makes numbers of digits.
+    leave_out = [str(group) for group in ensure_tuple(leave_out)]
+    wanted = known if groups is None else [str(group) for group in ensure_tuple(groups)]
     unknown = [group for group in (*wanted, *leave_out) if group not in known]
     if unknown:
         raise DataError(f"there is no group '{unknown[0]}'{where}; there are {', '.join(known)}")

@@ -529,8 +529,8 @@ class AlignRowsd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if isinstance(rows, str) and rows != "estimate":
-            raise SettingError(f"rows must be a whole number or 'estimate', got '{rows}'")
-        self.rows = rows if isinstance(rows, str) else as_whole("rows", rows)
+            raise SettingError(f"row_shift must be a whole number or 'estimate', got '{rows}'")
+        self.rows = rows if isinstance(rows, str) else as_whole("row_shift", rows)
         self.max_rows, self.max_columns, self.parallel = max_rows, max_columns, parallel
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -544,6 +544,8 @@ class AlignRowsd(MapTransform):
         pair = pair if isinstance(pair, MetaTensor) else MetaTensor(pair)
         found = match_rows(pair, max_rows=self.max_rows, max_columns=self.max_columns)
         shift = self.rows if isinstance(self.rows, int) else round(found.offset_px) if found else 0
+        # One view twice, as an image without a partner is, lies where it lies.
+        shift = 0 if torch.equal(*pair.as_tensor().chunk(2)) else shift
         try:
             aligned = shift_rows(pair, shift)
         except SettingError as error:

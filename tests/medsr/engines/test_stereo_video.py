@@ -174,6 +174,7 @@ def test_one_shift_holds_for_all_frames(tmp_path):
     case = entry(tmp_path / "out")
     # Rolled up by three, the right view has everything three rows higher.
     assert (case["row_offset_px"], case["output_size"]) == (-3, [58, 192])
+    assert case["input_size"] == list(SIZE)
     assert case["row_residual_px"] < 0.5
     found = pngs(tmp_path / "out")
     assert {image.shape for image in found.values()} == {(58, 192, 3)}
@@ -415,8 +416,8 @@ def test_what_is_no_source_is_refused(tmp_path, source, fragment):
     [
         ({"result": "avi"}, "result must be one of"),
         ({"layout": "diagonal"}, "layout must be one of"),
-        ({"rows": "guess"}, "rows must be"),
-        ({"rows": 1.5}, "rows must be"),
+        ({"rows": "guess"}, "row_shift must be"),
+        ({"rows": 1.5}, "row_shift must be"),
         ({"overwrite": "no"}, "overwrite must be true or false"),
         ({"resume": "no"}, "resume must be true or false"),
         ({"rows": 40}, "leaves nothing of 32"),

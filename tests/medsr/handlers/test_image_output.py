@@ -80,6 +80,8 @@ def test_a_pair_says_how_its_rows_lie(tmp_path):
     facts = pair_facts(item)
     assert facts == {
         **image_facts(item),
+        # With the rows that were cut off.
+        "input_size": [7, 6],
         "row_offset_px": 2.0,
         "row_residual_px": 0.46,
         "disparity_px": 7.0,

@@ -104,7 +104,8 @@ def test_an_ensemble_is_asked_for_or_not():
 
 
 def test_large_results_are_kept_in_half_precision(monkeypatch):
-    image = photograph()
+    finer = photograph()
+    image = (255 * finer).round() / 255
     exact = ImageSuperResInferer(back_projection=1)(image, Bicubic(0.05))
     monkeypatch.setattr(image_superres, "LARGEST_FLOAT32", 1000)
     infer = ImageSuperResInferer(back_projection=1)
@@ -112,6 +113,8 @@ def test_large_results_are_kept_in_half_precision(monkeypatch):
     assert found.dtype == torch.float16
     assert float((found.float() - exact).abs().max()) < 0.3 / 255
     assert infer.facts["data_consistency_db"] > 35
+    # Half precision has no more than 11 bits.
+    assert infer(finer, Bicubic(0.05)).dtype == torch.float32
 
 
 def test_the_grey_levels_of_two_views_are_not_mixed():

@@ -249,13 +249,16 @@ def exif(value: int) -> Image.Exif:
     "options", [{"format": "PNG"}, {"format": "TIFF"}, {"format": "JPEG", "quality": 90}]
 )
 def test_images_are_read_upright(tmp_path, value, options):
-    path = save(tmp_path / "a", RGB, exif=exif(value), **options)
+    path = save(tmp_path / "a", RGB, exif=exif(value), dpi=(300, 150), **options)
     with Image.open(path) as picture:
         upright = ImageOps.exif_transpose(picture)
     assert upright.size == ((COLUMNS, ROWS) if value < 5 else (ROWS, COLUMNS))
     image = accepted(path, planes(upright, 255))
     assert image.notes == ((f"EXIF orientation {value} was applied",) if value > 1 else ())
     assert read_image_header(path).orientation == value
+    # The resolution turns with the image.
+    expected = (300, 150) if value < 5 else (150, 300)
+    assert image.encoding.dpi == pytest.approx(expected, abs=0.02)
 
 
 def test_orientation_of_deep_grey_and_behind_the_pixels(tmp_path):

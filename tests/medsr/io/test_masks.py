@@ -167,5 +167,7 @@ def test_values_that_do_not_fit_are_not_written(tmp_path, values):
 def test_frames_are_kept_by_group():
     items = [{"case": case} for case in ("a-1", "a-2", "b-1", "c-1")]
     assert [item["case"] for item in frames_of_groups(items, ["c"], groups=["a", "c"])] == ["a-1", "a-2"]
+    numbered = [{"case": "1-a"}, {"case": "2-a"}]
+    assert frames_of_groups(numbered, [1]) == frames_of_groups(numbered, groups=[2]) == [{"case": "2-a"}]
     with pytest.raises(DataError, match="there is no group 'x' in the folders; there are a, b, c"):
         frames_of_groups(items, ["x"])

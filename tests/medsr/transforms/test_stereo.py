@@ -321,6 +321,16 @@ def test_rows_are_brought_to_one_height(rows):
     assert found.meta["notes"] == "lossy"
 
 
+@pytest.mark.parametrize("rows", [3, "estimate"])
+def test_an_image_without_a_partner_loses_no_rows(caplog, rows):
+    view = taken(0, 0)[:3]
+    pair = torch.cat([view, view])
+    found = AlignRowsd("image", rows=rows)({"image": named(pair)})["image"]
+    assert torch.equal(found.as_tensor(), torch.as_tensor(pair))
+    assert found.meta["row_offset_px"] == 0
+    assert not caplog.records
+
+
 def test_a_known_offset_is_not_estimated_but_checked(caplog):
     with caplog.at_level(logging.WARNING):
         found = AlignRowsd("image", rows=2, max_rows=10)({"image": named(taken(5, 6))})["image"]
@@ -358,9 +368,9 @@ def test_views_without_texture_are_left_alone_with_a_warning():
 
 
 def test_impossible_shifts_are_refused():
-    with pytest.raises(SettingError, match="rows must be a whole number or 'estimate', got 'auto'"):
+    with pytest.raises(SettingError, match="row_shift must be a whole number or 'estimate', got 'auto'"):
         AlignRowsd("image", rows="auto")
-    with pytest.raises(SettingError, match=r"rows must be a whole number, got 1\.5"):
+    with pytest.raises(SettingError, match=r"row_shift must be a whole number, got 1\.5"):
         AlignRowsd("image", rows=1.5)
     with pytest.raises(SettingError, match="right_first must be true or false, got 'no'"):
         SplitFramed("image", right_first="no")
