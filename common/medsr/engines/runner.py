@@ -109,6 +109,7 @@ def _behave_as_program() -> None:
         by_monai or Path(sys.argv[0]).stem == "medsr"
     ) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
+        sys.unraisablehook = _stop_all_the_same
 
 
 def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -131,6 +132,20 @@ def _in_one_line(kind: type[BaseException], error: BaseException, trace: Traceba
 def _stop(number: int, frame: FrameType | None) -> None:
     # As an exception, so that unfinished files are removed on the way out.
     raise SystemExit(128 + number)
+
+
+def _stop_all_the_same(unraisable: Any) -> None:
+    """Raise a stop again that Python dropped, because it came in a callback of a weak reference or a ``__del__``."""
+    lost = unraisable.exc_value
+    if not isinstance(lost, (KeyboardInterrupt, SystemExit)) or not hasattr(signal, "setitimer"):
+        sys.__unraisablehook__(unraisable)
+        return
+
+    def again(number: int, frame: FrameType | None) -> None:
+        raise lost
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 @one_line_errors

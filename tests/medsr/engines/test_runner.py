@@ -3,6 +3,9 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,12 +100,41 @@ def test_a_misspelt_setting_ends_the_run(capsys, tmp_path, monkeypatch):
     config.write_text('{"output_dir": "out", "run": []}')
     monkeypatch.setattr(runner.sys, "excepthook", runner.sys.excepthook)
     monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(runner.sys, "unraisablehook", runner.sys.unraisablehook)
     command = ["-m", "run", "--config_file", str(config), "--output_dri", "x"]
     monkeypatch.setattr("sys.argv", ["monai.bundle", *command[1:]])
     monkeypatch.setattr("sys.orig_argv", ["python", "-m", "monai.bundle", *command[1:]])
     code, line = failure(capsys, check_settings)
     assert code == SettingError.exit_code
     assert "output_dri" in line
+
+
+SWALLOWED = """
+import os, signal, sys, time
+sys.argv = ["medsr"]
+from medsr.engines import runner
+runner.check_settings()
+
+class Released:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{signal})
+        time.sleep(0.2)
+
+Released()
+try:
+    time.sleep(20)
+    print("went on")
+finally:
+    print("cleaned up")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor a timer")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 128 + signal.SIGTERM), ("SIGINT", -signal.SIGINT)])
+def test_a_stop_that_python_drops_is_not_lost(name, code):
+    command = [sys.executable, "-c", SWALLOWED.replace("{signal}", name)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (code, "cleaned up\n"), ended.stderr
 
 
 def test_a_process_without_a_config_has_nothing_to_check():

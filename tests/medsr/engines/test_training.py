@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from medsr.engines import training
 from medsr.engines.training import (
+    CachedDataset,
     pair_items,
     seed_everything,
     start_from,
@@ -26,6 +29,7 @@ from medsr.networks.spp_linknet import SPPLinkNet
 from medsr.networks.srgan import SRResNet
 from medsr.networks.vdsr import VDSR
 from monai.bundle import ConfigParser
+from monai.transforms import Transform
 
 
 @pytest.fixture
@@ -50,6 +54,26 @@ def dicom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def names(items: list[dict], folder: Path) -> list[str]:
     return [Path(item["image"]).relative_to(folder).as_posix() for item in items]
+
+
+def test_items_are_cached_once_and_by_no_other_thread():
+    class Where(Transform):
+        threads: ClassVar[list[threading.Thread]] = []
+
+        def __call__(self, number: int) -> int:
+            self.threads.append(threading.current_thread())
+            if number < 0:
+                raise DataError("negative")
+            return number + 1
+
+    dataset = CachedDataset([1, 2, 3], Where(), progress=False)
+    assert [dataset[index] for index in (0, 1, 2, 0)] == [2, 3, 4, 2]
+    assert Where.threads == [threading.main_thread()] * 3
+    before = threading.active_count()
+    with pytest.raises(RuntimeError) as caught:
+        CachedDataset([1, -1, 2], Where(), progress=False)
+    assert isinstance(caught.value.__cause__, DataError)
+    assert threading.active_count() == before
 
 
 def test_all_volumes_below_a_folder_are_found(folder):
