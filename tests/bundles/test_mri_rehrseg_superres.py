@@ -567,8 +567,8 @@ def test_training_in_two_stages_gives_usable_weights(
     settings = (*TINY, "stage=uncertainty", "seed=1", f"initial_weights={plain / 'model.pt'}")
     status, lines = medsr(sharp.parent, out=full, config=("train.json",), settings=settings)
     assert status == 0, lines
-    # Another seed, yet three slow steps away from where it began: neither network nor average start at random weights.
-    assert 0 < shared_distance(plain / "model.pt", full / "model.pt") < 1e-3
+    # Another seed, yet three steps away from where it began: neither network nor average start at random weights.
+    assert 0 < shared_distance(plain / "model.pt", full / "model.pt") < 1e-2
 
     out = tmp_path / "out"
     settings = (f"weights={full / 'model.pt'}", "figure=false")
@@ -643,7 +643,7 @@ def test_two_processes_train_one_network(
     assert not [key for key in state if key.startswith("module.")]
     expected = torch.load(root / "models" / "model.pt", weights_only=True)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in expected.items()}
-    assert 0 < shared_distance(plain / "model.pt", out / "model.pt") < 1e-3
+    assert 0 < shared_distance(plain / "model.pt", out / "model.pt") < 1e-2
     # Only one process speaks for all.
     record = json.loads((out / "train_record.json").read_text())
     assert record["iterations"] == 3
