@@ -200,7 +200,9 @@ def unknown_settings(given: Iterable[str], config_files: Sequence[str | Path]) -
 
 
 def refuse_unknown(given: Iterable[str], config_files: Sequence[str | Path]) -> None:
-    """Raise if an override names no setting of the merged config, as :func:`unknown_settings` sees it.
+    """Raise if an override names no setting of the merged config, or one that nothing in it reads any more.
+
+    The first is what :func:`unknown_settings` sees; the others an overlay lists as ``_unused_``.
 
     Args:
         given: ids as typed.
@@ -209,11 +211,16 @@ def refuse_unknown(given: Iterable[str], config_files: Sequence[str | Path]) -> 
     Raises:
         SettingError: in one line, with the nearest setting for each misspelt one.
     """
+    given = list(given)
     unknown = unknown_settings(given, config_files)
     if unknown:
         names = " + ".join(Path(file).name for file in config_files)
         each = (f"{name} (did you mean {near}?)" if near else name for name, near in unknown)
         raise SettingError(f"no such setting in {names}: {', '.join(each)}")
+    unused = set(_merged(config_files).get("_unused_", ()))
+    idle = next((name for name in given if _path_of(name)[0] in unused), None)
+    if idle:
+        raise SettingError(f"{idle} is not used by this combination of configs; leave it out")
 
 
 def refuse_unclear(given: Mapping[str, object], config_files: Sequence[str | Path]) -> None:

@@ -265,7 +265,8 @@ def test_the_server_segments(client: Any, images: dict[str, Path], tmp_path: Pat
     assert_on_the_grid(Mask.read(path), images[name])
 
 
-def test_a_frame_becomes_a_mask_of_its_size(folder: Path) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_frame_becomes_a_mask_of_its_size(folder: Path, suffix: str) -> None:
     import torch
     from medsr.inferers.frame_segmentation import FrameSegmentationInferer
     from medsr.io.images import read_image
@@ -274,11 +275,11 @@ def test_a_frame_becomes_a_mask_of_its_size(folder: Path) -> None:
 
     seen = {"longest": 64, "sizes": [1.0, 0.5], "amp": "float32"}
     changes = {"encoder": "resnet18", "width": 8, **seen}
-    bundle = copy_bundle(folder / "frames" / FRAMES, seeded=True, **changes)
+    bundle = copy_bundle(folder / f"frames_{suffix[1:]}" / FRAMES, seeded=True, **changes)
     task = BundleInferTask(str(bundle), {})
     info = task.info()
     assert (info["type"], info["dimension"], info["labels"]) == ("segmentation", 2, {"instrument": 1})
-    path = folder / "frame.png"
+    path = folder / f"frame{suffix}"
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     Image.fromarray(pixels).resize((70, 45), Image.Resampling.BICUBIC).save(path)
     file, _ = task({"image": str(path), "device": "cpu"})

@@ -396,6 +396,16 @@ def test_a_whole_number_that_arrives_as_a_fraction_is_named(tmp_path: Path, word
         catalog.check_overrides([*RUN, "--config_file", str(config), "--iterations", word])
 
 
+def test_a_setting_that_an_overlay_does_not_use_is_refused(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "train.json", tmp_path / "train_labels.json"
+    base.write_text(json.dumps({"stage": "plain", "seed": 0}))
+    overlay.write_text(json.dumps({"_unused_": ["stage"]}))
+    catalog.refuse_unknown(["stage"], [base])
+    catalog.refuse_unknown(["seed"], [base, overlay])
+    with pytest.raises(SettingError, match="stage is not used by this combination"):
+        catalog.refuse_unknown(["seed", "stage"], [base, overlay])
+
+
 def test_a_budget_of_time_can_be_taken_away(tmp_path: Path) -> None:
     config = tmp_path / "train.json"
     config.write_text(json.dumps({"minutes": 15}))

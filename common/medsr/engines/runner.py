@@ -70,7 +70,7 @@ def one_line_errors(function: _Function) -> _Function:
 
 
 @one_line_errors
-def check_settings(device: str | torch.device | None = None, unused: Sequence[str] = ()) -> None:
+def check_settings(device: str | torch.device | None = None) -> None:
     """Refuse a misspelt setting, which MONAI would accept in silence, and a device that is not here.
 
     The first step of every ``run``: from here on a program that was started from the command line reports any
@@ -78,13 +78,9 @@ def check_settings(device: str | torch.device | None = None, unused: Sequence[st
 
     Args:
         device: where the run is to compute; tried before anything is read.
-        unused: settings of the configs below an overlay that it does not use.
     """
     _behave_as_program()
     catalog.check_overrides()
-    idle = sorted({*unused} & {*catalog.overrides_in(sys.argv)[1]})
-    if idle:
-        raise SettingError(f"{idle[0]} is not used by this combination of configs; leave it out")
     if device is not None:
         _refuse_absent(device)
 

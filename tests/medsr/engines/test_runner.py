@@ -554,15 +554,3 @@ def test_a_network_does_not_take_the_name_of_a_method(capsys):
     assert "'bicubic' is the name of what networks are compared with" in line
     _, line = failure(capsys, compared_weights, "model.pt", {"network": "other.pt"})
     assert "compare: 'network' is the name of weights" in line
-
-
-def test_a_setting_that_an_overlay_does_not_use_is_refused(tmp_path, monkeypatch, capsys):
-    config = tmp_path / "train.json"
-    config.write_text('{"stage": "plain", "seed": 0, "run": []}')
-    words = ["-m", "monai.bundle", "run", "--config_file", str(config), "--seed", "1"]
-    monkeypatch.setattr(sys, "argv", words)
-    check_settings(unused=["stage"])
-    monkeypatch.setattr(sys, "argv", [*words, "--stage", "uncertainty"])
-    code, line = failure(capsys, check_settings, None, ["stage"])
-    assert code == SettingError.exit_code
-    assert "stage is not used by this combination of configs; leave it out" in line
