@@ -70,10 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["info", "no_such_bundle"])
         4
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        # A file name that the terminal cannot show is no reason to call a run failed.
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     try:
         arguments.action(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # As in "medsr list | head": nobody reads any more, and the interpreter must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

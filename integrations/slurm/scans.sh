@@ -34,18 +34,24 @@ number=0
 failed=0
 for scan in "$scans"/*; do
     name="$(basename "$scan")"
-    if [ ! -d "$scan" ] && [[ "$name" != *.nii && "$name" != *.nii.gz ]]; then
+    lower="${name,,}"
+    if [ ! -d "$scan" ] && [[ "$lower" != *.nii && "$lower" != *.nii.gz ]]; then
         continue
     fi
     share=$((number % tasks))
     number=$((number + 1))
     # A folder of its own for each scan: tasks must not share a report.json.
     out="$results/$name"
-    if [ "$share" -ne "$mine" ] || [ -e "$out/finished" ]; then
+    if [ "$share" -ne "$mine" ]; then
         continue
     fi
-    # What a task that was ended left behind is of no use to anyone.
-    if medsr run "$bundle" "$scan" -o "$out" --quiet "$@" --set overwrite=true; then
+    # What a task that was ended left behind is of no use to anyone. What is finished is skipped by medsr itself, or
+    # refused, if settings, weights or the scan are others.
+    replace=(--set overwrite=true)
+    if [ -e "$out/finished" ]; then
+        replace=()
+    fi
+    if medsr run "$bundle" "$scan" -o "$out" --quiet "$@" ${replace[@]+"${replace[@]}"}; then
         touch "$out/finished"
     else
         echo "$name: failed" >&2

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="a script for bash")
 @pytest.fixture
 def scans(tmp_path: Path) -> Path:
     folder = tmp_path / "my scans"
-    for name in ("a.nii", "b.nii.gz", "c.nii.gz", "notes.txt"):
+    for name in ("a.NII", "b.nii.gz", "c.nii.gz", "notes.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     (folder / "series").mkdir()
@@ -60,7 +60,7 @@ def test_the_tasks_share_all_scans_and_no_scan_twice(scans: Path, first: int, st
         assert done.returncode == 0, done.stderr
         assert calls
         found += named(calls)
-    assert sorted(found) == ["a.nii", "b.nii.gz", "c.nii.gz", "series"]
+    assert sorted(found) == ["a.NII", "b.nii.gz", "c.nii.gz", "series"]
 
 
 def test_settings_and_cores_are_passed_on(scans: Path) -> None:
@@ -69,13 +69,16 @@ def test_settings_and_cores_are_passed_on(scans: Path) -> None:
     assert all(call.startswith("3 run mri_rehrseg_superres ") and call.endswith(expected) for call in calls)
 
 
-def test_a_second_run_takes_what_is_not_finished(scans: Path) -> None:
+def test_a_second_run_replaces_only_what_is_not_finished(scans: Path) -> None:
     (scans / "b.nii.gz").rename(scans / "broken.nii.gz")
     done, calls = run(scans)
     assert (done.returncode, len(calls)) == (1, 4)
     assert "broken.nii.gz: failed" in done.stderr
-    (scans.parent / "out" / "a.nii" / "finished").unlink()
-    assert named(run(scans)[1]) == ["a.nii", "broken.nii.gz"]
+    (scans.parent / "out" / "a.NII" / "finished").unlink()
+    # medsr itself skips what it has finished, and refuses it where settings or the scan are others.
+    _, calls = run(scans)
+    assert len(calls) == 4
+    assert named([call for call in calls if "overwrite" in call]) == ["a.NII", "broken.nii.gz"]
 
 
 @pytest.mark.parametrize("task", [1, 3, 7])

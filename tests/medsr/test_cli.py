@@ -425,3 +425,20 @@ def test_help_and_version_succeed(words: list[str], capsys: pytest.CaptureFixtur
         cli.main(words)
     assert caught.value.code == 0
     assert "medsr" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["sys.stdout.reconfigure(encoding='ascii'); print", "sys.stdout = None"],
+    ids=["ascii", "closed"],
+)
+def test_a_terminal_that_cannot_show_a_name_or_is_gone_fails_no_run(before: str) -> None:
+    program = (
+        "import sys\n"
+        "from medsr import cli\n"
+        f"{before}\n"
+        "cli._list = lambda _: print('results are in \u65e5\u672c')\n"
+        "sys.exit(cli.main(['list']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -74,7 +74,8 @@ def check_settings(device: str | torch.device | None = None) -> None:
     """Refuse a misspelt setting, which MONAI would accept in silence, and a device that is not here.
 
     The first step of every ``run``: from here on a program that was started from the command line reports any
-    error of this project in one line, and a SIGTERM, as a job scheduler sends it, cleans up like Ctrl-C.
+    error of this project in one line, and SIGTERM, as a job scheduler sends it, and SIGHUP, as a closed terminal does,
+    clean up like Ctrl-C.
 
     Args:
         device: where the run is to compute; tried before anything is read.
@@ -105,6 +106,9 @@ def _behave_as_program() -> None:
         by_monai or Path(sys.argv[0]).stem == "medsr"
     ) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
+        # A lost terminal; under nohup it is ignored, and stays so.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, _stop)
         sys.unraisablehook = _stop_all_the_same
 
 

@@ -280,8 +280,13 @@ class RunReport:
 
     def __call__(self, engine: Engine) -> None:
         """Write the report now."""
-        for case, reason in getattr(engine, "failures", {}).items():
+        failures = getattr(engine, "failures", {})
+        finished = _earlier_cases(self.output_dir / "report.json", self._conditions()) if failures else {}
+        for case, reason in failures.items():
             self.cases[case] = {"status": "failed", "reason": reason}
+            if case in finished:
+                # The results of an earlier run are there still, and this is what is known of them.
+                self.cases[case]["kept"] = finished[case]
         self._since = time.monotonic()
         self.write()
 
@@ -446,6 +451,7 @@ def _earlier_cases(
         for case, entry in report["cases"].items():
             if case in without:
                 continue
+            entry = entry.get("kept", entry)
             if not entry.get("files") or not all((path.parent / name).is_file() for name in entry["files"]):
                 continue
             run = {key: report.get(key) for key in ("written", *conditions)} | entry.get("earlier_run", {})

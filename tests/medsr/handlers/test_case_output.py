@@ -499,6 +499,17 @@ def test_another_input_of_the_same_name_is_not_taken_for_the_finished_one(tmp_pa
         "a_superres.nii.gz: is there already, made of another input of this name"
     )
     assert pending(out, [scan("other", 1)], overwrite=True) == [scan("other", 1)]
+    # The run that it fails tells so, and forgets nothing of the one that has finished.
+    finished = reported(out)["cases"]["a"]
+    for _ in range(2):
+        failed = RunReport(out, SHAPING, output=CaseOutput(out, figure=False))
+        failed(engine_of(failures={"a": "made of another input"}))
+        entry = reported(out)["cases"]["a"]
+        assert (entry["status"], reported(out)["failed"]) == ("failed", 1)
+        assert entry["kept"].items() >= finished.items()
+    assert pending(out, [scan("one", 0)]) == []
+    RunReport(out, SHAPING, output=CaseOutput(out, figure=False)).write()
+    assert reported(out)["cases"]["a"].items() >= finished.items()
 
 
 def test_a_sidecar_that_was_corrected_makes_another_input(tmp_path):
