@@ -51,14 +51,14 @@ format: $(STAMP) ## rewrite Python and bundle JSON in the house style
 	@$(PY) -m ruff format --quiet .
 	@$(PY) tools/format_json.py bundles/*/configs
 
-bench: $(STAMP) ## quality and speed, baselines beside them in the same run
+bench: $(STAMP) ## speed and quality, baselines beside them in the same run
+	@$(PY) -m benchmarks.speed.slice_sr
+	@$(PY) -m benchmarks.speed.image_sr
+	@$(PY) -m benchmarks.speed.stereo_sr
 	@$(PY) -m benchmarks.quality.superres
 	@$(PY) -m benchmarks.quality.fundus
 	@$(PY) -m benchmarks.quality.sisr
 	@$(PY) -m benchmarks.quality.stereo
-	@$(PY) -m benchmarks.speed.slice_sr
-	@$(PY) -m benchmarks.speed.image_sr
-	@$(PY) -m benchmarks.speed.stereo_sr
 
 clean: ## remove environments, caches and the demo's outputs; trained weights below runs/ stay
 	@rm -rf .venv $(LABEL) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo common/*.egg-info

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from scipy.stats import rankdata
 from skimage.filters import sato
 
 from benchmarks.commands import run_config
+from benchmarks.data import add_data
 from benchmarks.quality.fundus_folder import write_part
 from benchmarks.quality.sisr import shipped_by
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, nargs="?", default=Path("runs/fundus"))
     parser.add_argument("--scales", type=int, nargs="*", default=list(OVERLAYS), choices=list(OVERLAYS))
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     parser.add_argument("--report", type=Path, help="also write the tables as Markdown")
     arguments = parser.parse_args()
     output = arguments.output.resolve()

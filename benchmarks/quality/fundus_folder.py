@@ -11,7 +11,6 @@ reductions, so that vessels come in several widths. ``test/`` holds other images
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from medsr.io.image_writing import write_image
 from medsr.io.images import read_image
 from medsr.io.writing import probe_folder
 
+from benchmarks.data import add_data
 from benchmarks.reduced import reduced
 
 IDRID = "idrid_crops/IDRiD_{:02d}.jpg"
@@ -46,7 +46,7 @@ def main() -> None:
     """Write ``train/`` and ``test/``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     arguments = parser.parse_args()
     for part in PARTS:
         print(f"{part}: {write_part(part, arguments.output, arguments.data)}")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from medsr.io.writing import probe_folder
 from medsr.transforms.frame_labels import IGNORED, LoadMaskd, ResizeFramed, SameSized
 from medsr.transforms.stereo import EndoVis17Framed
 from PIL import Image, ImageDraw
+
+from benchmarks.data import add_data
 
 PARTS = {"shaft": [10], "wrist": [20], "clasper": [30]}
 """Grey values in EndoVis 2017."""
@@ -58,7 +59,7 @@ def main() -> None:
     """Write ``all/`` and ``parts/``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     arguments = parser.parse_args()
     for folder, sources in (("all", SOURCES), ("parts", (write_endovis17,))):
         for write in sources:

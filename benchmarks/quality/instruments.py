@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from medsr.io.writing import write_json
 from medsr.metrics.frames import summary
 
 from benchmarks.commands import run_once
+from benchmarks.data import add_data
 from benchmarks.quality.instrument_folder import SOURCES
 
 _log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def main() -> None:
     """Train, segment, print and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     parser.add_argument("--minutes", type=float, default=30.0, help="of each training")
     parser.add_argument("--groups", nargs="*", help="sources to leave out in turn; default all that report")
     parser.add_argument("--scales", type=int, nargs="*", default=list(SHIPPED), choices=list(SHIPPED))

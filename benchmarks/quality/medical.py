@@ -9,7 +9,6 @@ gets each of them as three equal channels, as its bundle does, and the mean of i
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from medsr.engines.runner import one_line_errors
 from medsr.io.images import find_images
 from medsr.metrics.image import ImageProtocol
 
+from benchmarks.data import add_data
 from benchmarks.quality import medical_folder
 from benchmarks.quality.sisr import shipped_by
 
@@ -50,7 +50,7 @@ learnt from photographs, and get the image as three equal channels.
 def main() -> None:
     """Print the page, and write it if asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     parser.add_argument("--report", type=Path, default=None)
     one_line_errors(compare)(**vars(parser.parse_args()))
 

@@ -10,7 +10,6 @@ images: nothing in ``test/`` comes from an eye, a volume or a scene that ``train
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from medsr.transforms.intensity import PercentileToUnitd
 from monai.data import MetaTensor
 from torch import Tensor
 
+from benchmarks.data import add_data
 from benchmarks.quality import fundus_folder, stereo_folder
 from benchmarks.quality.superres import SUBJECTS
 from benchmarks.reduced import reduced
@@ -44,7 +44,7 @@ def main() -> None:
     """Write ``train/`` and ``test/``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     arguments = parser.parse_args()
     for part in ("train", "test"):
         written = write_part(part, probe_folder(arguments.output / part), arguments.data)

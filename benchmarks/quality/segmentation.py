@@ -26,6 +26,7 @@ from medsr.engines.mask_comparison import PROTOCOL, mask_table
 from medsr.io.writing import write_json
 
 from benchmarks.commands import run_config, run_once
+from benchmarks.data import add_data
 from benchmarks.quality.thick_folder import STUDIES, write_study, written_classes
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     parser.add_argument("--cases", nargs="*", help="cases to leave out, one after the other; default all")
     parser.add_argument("--ratio", type=float, default=4.0)
     parser.add_argument("--label-iterations", type=int, default=600)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from medsr import catalog
 from medsr.engines.image_comparison import DEGRADATION, image_table
 
 from benchmarks.commands import run_config
+from benchmarks.data import add_data
 from benchmarks.quality.stereo_folder import TEST, write_pairs
 
 BUNDLE, SINGLE = "endoscopy_segsrnet_superres", "image_fmen_superres"
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, nargs="?", default=Path("runs/stereo"))
     parser.add_argument("--scales", type=int, nargs="*", default=list(OVERLAYS), choices=list(OVERLAYS))
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     parser.add_argument("--report", type=Path, help="also write the tables as Markdown")
     arguments = parser.parse_args()
     output = arguments.output.resolve()

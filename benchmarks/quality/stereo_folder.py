@@ -16,7 +16,6 @@ sharp along both axes.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from medsr.transforms.stereo import AlignRowsd, EndoVis17Framed, JoinViewsd, Spl
 from monai.data import MetaTensor
 from torch import Tensor
 
+from benchmarks.data import add_data
 from benchmarks.reduced import reduced
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     """Write all folders."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     arguments = parser.parse_args()
     for part in PARTS:
         write_pairs(part, arguments.output, arguments.data)

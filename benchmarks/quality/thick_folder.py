@@ -10,7 +10,6 @@ upper bound only).
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,8 @@ from medsr.transforms.thick_slices import ThickSliceParameters, acquire_whole_sl
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff
+
+from benchmarks.data import add_data
 
 
 class Source(NamedTuple):
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--ratio", type=float, default=4.0)
     parser.add_argument("--gap", type=float, default=0.0)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
+    add_data(parser)
     arguments = parser.parse_args()
     write_study(arguments.study, arguments.output, arguments.data, ratio=arguments.ratio, gap=arguments.gap)
 

@@ -51,6 +51,7 @@ class Commands:
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
     commands = Commands()
     monkeypatch.setattr(run_commands, "run_config", commands)
+    monkeypatch.setenv("MEDSR_DATA", str(tmp_path))
     (tmp_path / "superres" / "models").mkdir(parents=True)
     (tmp_path / "superres" / "models" / "model.pt").touch()
     monkeypatch.setattr(instruments.catalog, "bundle_root", lambda name: tmp_path / "superres")

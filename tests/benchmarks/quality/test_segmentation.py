@@ -35,6 +35,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
     monkeypatch.setattr(segmentation, "run_config", commands)
     monkeypatch.setattr(run_commands, "run_config", commands)
     monkeypatch.setattr(segmentation, "write_study", lambda *_, **__: None)
+    monkeypatch.setenv("MEDSR_DATA", str(tmp_path))
     (tmp_path / "out" / "thick" / "labels").mkdir(parents=True)
     return commands
 

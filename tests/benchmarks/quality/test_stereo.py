@@ -35,6 +35,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[st
         (output / "pairs.json").write_text(json.dumps({"rows": rows}))
 
     monkeypatch.setattr(stereo, "run_config", run)
+    monkeypatch.setenv("MEDSR_DATA", str(tmp_path))
     monkeypatch.setattr(stereo, "write_pairs", lambda *_: tmp_path / "pairs")
     return calls
 
