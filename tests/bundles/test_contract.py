@@ -481,17 +481,19 @@ def runs(
     shutil.copytree(bundle.root, copy, ignore=shutil.ignore_patterns("eval", "runs"))
     digest = change_weights(copy)
     outputs = {name: folder / f"out_{name}" for name in ("root", "slash", "tmp", "copy", "medsr")}
+    # What is fastest is measured by each process, and may be another thing on a busy machine.
+    same = {"amp": "float32"}
 
     def run(name: str) -> Any:
         out = outputs[name]
         if name == "medsr":
-            return medsr_run(copy, [data], out, cwd=folder)
+            return medsr_run(copy, [data], out, cwd=folder, **same)
         if name == "copy":
             return monai_run(
-                copy / "configs" / "inference.json", cwd=folder, dataset_dir=data, output_dir=out
+                copy / "configs" / "inference.json", cwd=folder, dataset_dir=data, output_dir=out, **same
             )
         cwd = {"root": ROOT, "slash": Path("/"), "tmp": folder}[name]
-        return monai_run(config, cwd=cwd, dataset_dir=data, output_dir=out)
+        return monai_run(config, cwd=cwd, dataset_dir=data, output_dir=out, **same)
 
     with ThreadPoolExecutor(2) as pool:
         processes = dict(zip(outputs, pool.map(run, outputs), strict=True))
