@@ -273,7 +273,7 @@ def _root(bundle: str) -> Path:
 
 def _config(root: Path, name: str) -> Path:
     inside = root / "configs" / name
-    if inside.is_file():
+    if inside.is_file() and name != "metadata.json":
         return inside
     if Path(name).is_file():
         return Path(name).resolve()
