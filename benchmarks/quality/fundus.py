@@ -39,6 +39,8 @@ ENSEMBLE = "network, ensemble"
 """The shipped weights with the setting of this name: eight flips and turns, at eight times the time."""
 GENERATOR, GENERATOR_OVERLAY = "SE generator", "segan.json"
 """The network that the publication describes."""
+GAN, GAN_OVERLAY, GAN_SCALE = "GAN", "gan.json", 4
+"""The weights that went on against a discriminator, and the scale that they are for."""
 OVERLAYS: dict[int, list[str]] = {4: [], 8: ["x8.json"], 16: ["x16.json"]}
 ENLARGED = 1024
 VESSEL_WIDTHS = (1.0, 1.5, 2.0, 3.0)
@@ -52,9 +54,11 @@ Written by `python -m benchmarks.quality.fundus`. No image here was seen in trai
 that training did not see either. Photographs with more pixels than optical detail were reduced first
 (`benchmarks/quality/fundus_folder.py`). Degradation: {degradation}.
 `network` is the shipped weights, `{ensemble}` the same with `--ensemble True`, which takes eight times the time;
-`{generator}` is those of the overlay `{overlay}`. Settings were chosen on photographs 21 to 24 of DRIVE, which are
-neither trained on nor reported: the camera of DRIVE is new to the weights, not to the choices. `{natural}`, at
-x{scale}, is `{bundle}`, which has seen no fundus, and more photographs of other things than `network`.
+`{generator}` is those of the overlay `{overlay}`, and `{gan}`, at x{scale}, those of `{gan_overlay}`:
+`network`, trained on against a discriminator, which trades decibels for texture. Settings were chosen on photographs
+21 to 24 of DRIVE, which are neither trained on nor reported: the camera of DRIVE is new to the weights, not to the
+choices. `{natural}`, at x{scale}, is `{bundle}`, which has seen no fundus, and more photographs of other
+things than `network`.
 
 The first pair of columns decides: red, green and blue inside the field of view.
 """
@@ -83,6 +87,8 @@ def main() -> None:
             ensemble=ENSEMBLE,
             generator=GENERATOR,
             overlay=GENERATOR_OVERLAY,
+            gan=GAN,
+            gan_overlay=GAN_OVERLAY,
             natural=NATURAL,
             bundle=NATURAL_BUNDLE,
             scale=NATURAL_SCALE,
@@ -133,6 +139,8 @@ def others(images: Path, scale: int) -> list[dict[str, Any]]:
     """Rows of the ensemble, and of the networks that the shipped weights must beat, in the protocols of the bundle."""
     ensemble = {ENSEMBLE: shipped_by(BUNDLE, OVERLAYS[scale])}
     networks = {GENERATOR: shipped_by(BUNDLE, [*OVERLAYS[scale], GENERATOR_OVERLAY])}
+    if scale == GAN_SCALE:
+        networks[GAN] = shipped_by(BUNDLE, [GAN_OVERLAY])
     if scale == NATURAL_SCALE:
         networks[NATURAL] = shipped_by(NATURAL_BUNDLE, [])
     rows = ImageComparison(find_images(images), ensemble, scale=scale, inferer={"ensemble": True}).run()
@@ -149,13 +157,14 @@ def vessels(data: Path, output: Path, scale: int) -> list[dict[str, Any]]:
     for number, image in sharp.items():
         low = BicubicDownsample(scale, rounding="end")(image)
         write_image(small / f"{number}.png", low.numpy(), ImageEncoding("PNG", 8, 3))
-    restored = output / f"x{scale}_vessels"
-    run_config(
-        BUNDLE,
-        ["inference.json", *OVERLAYS[scale]],
-        {"dataset_dir": small, "figure": False},
-        output=restored,
-    )
+    overlays = {"network": OVERLAYS[scale]} | ({GAN: [GAN_OVERLAY]} if scale == GAN_SCALE else {})
+    for method, names in overlays.items():
+        run_config(
+            BUNDLE,
+            ["inference.json", *names],
+            {"dataset_dir": small, "figure": False},
+            output=output / f"x{scale}_vessels_{method}",
+        )
     rows = []
     for number, image in sharp.items():
         height, width = image.shape[-2:]
@@ -166,7 +175,10 @@ def vessels(data: Path, output: Path, scale: int) -> list[dict[str, Any]]:
         candidates = {
             "sharp": image.numpy(),
             "bicubic": bicubic_resize(low, (height, width)).clamp(0, 1).numpy(),
-            "network": read_image(restored / f"{number}_superres.png").values,
+            **{
+                method: read_image(output / f"x{scale}_vessels_{method}" / f"{number}_superres.png").values
+                for method in overlays
+            },
         }
         for method, values in candidates.items():
             scores = vessel_agreement(values, manual, inside)
@@ -196,8 +208,9 @@ def vessel_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for scale in dict.fromkeys(row["scale"] for row in rows):
         for method in dict.fromkeys(row["method"] for row in rows):
             found = [row for row in rows if (row["scale"], row["method"]) == (scale, method)]
-            auc, dice = (np.mean([row[key] for row in found]) for key in ("auc", "dice"))
-            lines.append(f"| x{scale} | {method} | {auc:.4f} | {dice:.4f} |")
+            if found:
+                auc, dice = (np.mean([row[key] for row in found]) for key in ("auc", "dice"))
+                lines.append(f"| x{scale} | {method} | {auc:.4f} | {dice:.4f} |")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ def test_other_networks_add_their_own_rows_under_the_protocols_of_the_bundle(
         ("drive-1", "drive", fundus.ENSEMBLE),
         ("drive-1", "drive", fundus.NATURAL),
         ("drive-1", "drive", fundus.GENERATOR),
+        ("drive-1", "drive", fundus.GAN),
     }
     assert {row["protocol"].split(":")[3] for row in found} == {"fov", "full"}
     assert all(row["psnr_db"] > 10 for row in found)
