@@ -41,9 +41,9 @@ Written by `python -m benchmarks.quality.medical`. Grey images, x{scale}. None o
 seen in training. They are few, and show nothing clinical. Degradation: {degradation}.
 `all` is the mean over the images, most of which are slices of MRI.
 
-`medical` is the network for grey images that was trained on from weights for colour on images of the three kinds,
-for as many minutes as the others; VDSR from older ones than those of its other row. The weights without this word
-learnt from photographs, and get the image as three equal channels.
+`medical` is the network for grey images that was trained on from the other weights on images of the three kinds, for as
+many minutes as the others; the weights without this word learnt from photographs, and get the image as three equal
+channels.
 """
 
 
