@@ -234,9 +234,7 @@ class StereoVideo:
         """Whether the frames in the output folder are those of an earlier run."""
         with contextlib.suppress(OSError, ValueError):
             before = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
-            return any(
-                f"{_VIEWS[0]}/" in entry.get("files", ()) for entry in before.get("cases", {}).values()
-            )
+            return bool(_of_frames(before))
         return False
 
     def _video(self, clip: _Clip, result: str) -> Path:
@@ -321,9 +319,15 @@ class _Clip(NamedTuple):
     digest: str = ""
 
 
+def _of_frames(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report says of clips that became frames, and no video."""
+    cases = report.get("cases", {}).items()
+    return {name: entry for name, entry in cases if f"{_VIEWS[0]}/" in entry.get("files", ())}
+
+
 def _refuse_other_frames(clip: _Clip, before: Mapping[str, Any]) -> None:
     """Refuse to go on in a folder that holds frames of another source, whose numbers may be the same."""
-    for name, entry in before.get("cases", {}).items():
+    for name, entry in _of_frames(before).items():
         if name != clip.name:
             raise OutputError(
                 f"{clip.name}: frames of {name} are there already; choose another output folder"

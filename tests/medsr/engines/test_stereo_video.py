@@ -508,6 +508,15 @@ def test_frames_of_two_clips_are_never_mixed(tmp_path):
         run(other, out, resume=True)
 
 
+def test_a_video_in_the_same_folder_is_no_other_clip(tmp_path):
+    source, out = folder(tmp_path / "in", 2), tmp_path / "out"
+    run(source, out)
+    run(film(tmp_path / "clip.mkv", 1), out)
+    run(source, out, resume=True).finish()
+    cases = json.loads((out / "report.json").read_text(encoding="utf-8"))["cases"]
+    assert cases["in"]["frames_kept"] == 2
+
+
 def test_images_that_no_run_has_made_stay(tmp_path):
     source, out = folder(tmp_path / "in", 1), tmp_path / "out"
     save(frame(5), out / "left" / "mine.png")
