@@ -111,6 +111,9 @@ def test_a_misspelt_setting_ends_the_run(capsys, tmp_path, monkeypatch):
 SWALLOWED = """
 import os, signal, sys, time
 sys.argv = ["medsr"]
+# Whoever runs these tests may ignore them: nohup does, and a shell for what it puts behind.
+signal.signal(signal.SIGHUP, signal.{hang_up})
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from medsr.engines import runner
 runner.check_settings()
 
@@ -121,7 +124,7 @@ class Released:
 
 Released()
 try:
-    time.sleep(20)
+    time.sleep({seconds})
     print("went on")
 finally:
     print("cleaned up")
@@ -131,9 +134,23 @@ finally:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor a timer")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", -2)])
 def test_a_stop_that_python_drops_is_not_lost(name, code):
-    command = [sys.executable, "-c", SWALLOWED.replace("{signal}", name)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = swallowed(name, hang_up="SIG_DFL", seconds=20)
     assert (ended.returncode, ended.stdout) == (code, "cleaned up\n"), ended.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    ended = swallowed("SIGHUP", hang_up="SIG_IGN", seconds=0.1)
+    assert (ended.returncode, ended.stdout) == (0, "went on\ncleaned up\n"), ended.stderr
+
+
+def swallowed(name, *, hang_up, seconds):
+    program = SWALLOWED
+    for key, value in (("signal", name), ("hang_up", hang_up), ("seconds", seconds)):
+        program = program.replace(f"{{{key}}}", str(value))
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_a_process_without_a_config_has_nothing_to_check():
