@@ -88,8 +88,7 @@ def superres_image_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> 
             drawn = show(axis, view[number], top=top if number == len(names) - 1 else None)
         axes[0, number].set_title(name, fontsize=9)
         axes[0, number].add_patch(frame(*(v / step for v in (column, row, side, side))))
-    bar = figure.colorbar(drawn, ax=axes[1, -1], orientation="horizontal", fraction=0.05, pad=0.02)
-    bar.ax.tick_params(labelsize=7)
+    colour_bar(figure, drawn, axes[1, -1])
     figure.suptitle(f"{item['case']}: {low.shape[2]} x {low.shape[1]} to {width} x {height}", fontsize=10)
     figure.supxlabel(footer(facts), fontsize=7, color="#555555")
     return figure
@@ -167,6 +166,16 @@ def show(axis: Any, values: Tensor, *, top: float | None = None) -> Any:
         vmax=1,
         interpolation="nearest",
     )
+
+
+def colour_bar(figure: Figure, drawn: Any, axis: Any) -> None:
+    """The scale of a map below it, with so few numbers that they do not touch."""
+    from matplotlib.ticker import MaxNLocator
+
+    bar = figure.colorbar(
+        drawn, ax=axis, orientation="horizontal", fraction=0.05, pad=0.02, ticks=MaxNLocator(4)
+    )
+    bar.ax.tick_params(labelsize=7)
 
 
 def frame(x: float, y: float, width: float, height: float) -> Any:

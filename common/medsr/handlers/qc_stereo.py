@@ -13,6 +13,7 @@ from medsr.handlers.qc_image import (
     DPI,
     LARGEST,
     WIDTH_IN,
+    colour_bar,
     detail_of,
     footer,
     frame,
@@ -105,8 +106,7 @@ def superres_pair_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> F
             axis.axhline(side / 2, color="#56B4E9", linewidth=0.5)
             axis.set_title(names[panel], fontsize=8)
     if unsure is not None:
-        bar = figure.colorbar(drawn, ax=axes[2, -1], orientation="horizontal", fraction=0.05, pad=0.02)
-        bar.ax.tick_params(labelsize=7)
+        colour_bar(figure, drawn, axes[2, -1])
     figure.suptitle(f"{item['case']}: {low.shape[2]} x {low.shape[1]} to {width} x {height}", fontsize=10)
     figure.supxlabel(footer(facts), fontsize=7, color="#555555")
     return figure

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from medsr.errors import DataError
@@ -28,6 +30,18 @@ def test_panels_are_input_interpolation_result_and_what_was_added(channels):
     assert shown[0].shape[:2] == shown[2].shape[:2] == (160, 192)
     # The result is the interpolation here.
     assert float(shown[3].max()) < 1e-5
+
+
+@pytest.mark.parametrize("top", [0.2, 0.187, 0.0123])
+def test_the_numbers_of_the_scale_stand_apart(top, tmp_path):
+    case = item()
+    case["pred"] = case["pred"] + top * torch.linspace(0, 1, 192)
+    figure = superres_image_figure(case, {})
+    figure.savefig(tmp_path / "page.png")
+    boxes = [label.get_window_extent() for label in figure.axes[-1].get_xticklabels() if label.get_text()]
+    boxes = sorted((box for box in boxes if box.width), key=lambda box: box.x0)
+    assert len(boxes) >= 2
+    assert all(before.x1 + before.height / 2 < after.x0 for before, after in itertools.pairwise(boxes))
 
 
 def test_the_uncertainty_takes_the_place_of_the_change():
