@@ -158,7 +158,7 @@ class StereoVideo:
             "input": clip.name,
             "input_digest": clip.digest,
         }
-        replaces = self.overwrite and result == "png" and self._is_ours()
+        replaces = self.overwrite and result == "png" and bool(_of_frames(self._earlier_report()))
         self.report.cases = {clip.name: entry}
         try:
             rows = self._compare_rows(clip, entry)
@@ -220,22 +220,21 @@ class StereoVideo:
             existing = [path for path in [self._video(clip, result)] if path.exists()]
         if existing and self.resume:
             # Where there is no report, whoever says resume knows.
-            with contextlib.suppress(OSError, ValueError):
-                before = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
-                self.report.refuse_mixture(clip.name, before)
-                _refuse_other_frames(clip, before)
+            before = self._earlier_report()
+            self.report.refuse_mixture(clip.name, before)
+            _refuse_other_frames(clip, before)
         elif existing and not self.overwrite:
             raise OutputError(
                 f"{existing[0].relative_to(self.output_dir).as_posix()}: is there already; choose another output "
                 "folder, or set resume or overwrite to true"
             )
 
-    def _is_ours(self) -> bool:
-        """Whether the frames in the output folder are those of an earlier run."""
+    def _earlier_report(self) -> dict[str, Any]:
+        """The report in the output folder; empty if there is none that can be read."""
+        found = None
         with contextlib.suppress(OSError, ValueError):
-            before = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
-            return bool(_of_frames(before))
-        return False
+            found = json.loads((self.output_dir / "report.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
 
     def _video(self, clip: _Clip, result: str) -> Path:
         return self.output_dir / f"{Path(clip.name).stem if clip.is_file else clip.name}_superres.{result}"
