@@ -195,8 +195,7 @@ def unknown_settings(given: Iterable[str], config_files: Sequence[str | Path]) -
     Raises:
         SettingError: if a config file cannot be read.
     """
-    merged = _merged(config_files)
-    return [(name, nearest) for name in given if (nearest := _nearest_to(name, merged)) is not None]
+    return _unknown_in(_merged(config_files), given)
 
 
 def refuse_unknown(given: Iterable[str], config_files: Sequence[str | Path]) -> None:
@@ -212,12 +211,13 @@ def refuse_unknown(given: Iterable[str], config_files: Sequence[str | Path]) -> 
         SettingError: in one line, with the nearest setting for each misspelt one.
     """
     given = list(given)
-    unknown = unknown_settings(given, config_files)
+    merged = _merged(config_files)
+    unknown = _unknown_in(merged, given)
     if unknown:
         names = " + ".join(Path(file).name for file in config_files)
         each = (f"{name} (did you mean {near}?)" if near else name for name, near in unknown)
         raise SettingError(f"no such setting in {names}: {', '.join(each)}")
-    unused = set(_merged(config_files).get("_unused_", ()))
+    unused = set(merged.get("_unused_", ()))
     idle = next((name for name in given if _path_of(name)[0] in unused), None)
     if idle:
         raise SettingError(f"{idle} is not used by this combination of configs; leave it out")
@@ -492,6 +492,10 @@ def _merged(config_files: Sequence[str | Path]) -> dict[str, Any]:
                 else:
                     holder[last] = value
     return merged
+
+
+def _unknown_in(merged: Mapping[str, Any], given: Iterable[str]) -> list[tuple[str, str]]:
+    return [(name, nearest) for name in given if (nearest := _nearest_to(name, merged)) is not None]
 
 
 def _item(config: object, path: Sequence[str]) -> object:
