@@ -19,12 +19,17 @@ import numpy.typing as npt
 
 from medsr.errors import DataError
 
-__all__ = ["DicomImage", "RefusedImage", "looks_like_dicom", "read_images", "read_pixels"]
+__all__ = [
+    "DEFLATED",
+    "PIXEL_TAGS",
+    "DicomImage",
+    "RefusedImage",
+    "looks_like_dicom",
+    "read_images",
+    "read_pixels",
+]
 
-_TAGS = [
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "SeriesInstanceUID",
+PIXEL_TAGS = [
     "Rows",
     "Columns",
     "SamplesPerPixel",
@@ -35,22 +40,32 @@ _TAGS = [
     "PixelRepresentation",
     "PhotometricInterpretation",
     "PlanarConfiguration",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "ModalityLUTSequence",
+    "LossyImageCompression",
+]
+"""What the pixels of any DICOM image are decoded by."""
+
+_TAGS = [
+    *PIXEL_TAGS,
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "SeriesInstanceUID",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
     "SliceThickness",
     "SpacingBetweenSlices",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "ModalityLUTSequence",
-    "LossyImageCompression",
     "PixelPaddingValue",
     "PixelPaddingRangeLimit",
     "Modality",
     "ImageType",
 ]
 _FUNCTIONAL_GROUPS = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
+DEFLATED = b"1.2.840.10008.1.2.1.99"
+"""The transfer syntax whose files are compressed as a whole."""
+
 _INFLATED_LIMIT = 512 * 2**20
 
 
@@ -142,7 +157,7 @@ def _dataset(path: Path, preamble: bool, *, pixels: bool) -> tuple[Any, int]:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if _DEFLATED in file.read(2048):
+            if DEFLATED in file.read(2048):
                 _refuse_bomb(path)
             file.seek(0)
             dataset = pydicom.dcmread(

@@ -28,6 +28,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from medsr.errors import DataError
 from medsr.io.cases import collect_cases, list_folder, warn_once
+from medsr.io.dicom_images import DEFLATED, PIXEL_TAGS
 from medsr.io.nifti import refuse_oversize
 
 __all__ = [
@@ -68,20 +69,7 @@ _DPI_LIMIT = 1e6
 _PNG_COLOUR, _PNG_COLOUR_LIMIT = (b"cHRM", b"cICP", b"gAMA", b"sRGB"), 32
 
 _DICOM_TAGS = [
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "NumberOfFrames",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "PhotometricInterpretation",
-    "PlanarConfiguration",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "ModalityLUTSequence",
-    "LossyImageCompression",
+    *PIXEL_TAGS,
     "PerFrameFunctionalGroupsSequence",
     "ICCProfile",
     *(
@@ -93,7 +81,6 @@ _DICOM_TAGS = [
 _DICOM_GREY = ("MONOCHROME1", "MONOCHROME2")
 # The decoders of JPEG 2000 undo YBR_ICT and YBR_RCT themselves, pydicom the others.
 _DICOM_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-_DICOM_DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 PathLike = str | os.PathLike[str]
 
@@ -363,7 +350,7 @@ def _is_dicom(path: Path) -> bool:
         raise DataError(f"{name}: empty file")
     if head[128:132] != b"DICM" and path.suffix.lower() != ".dcm":
         return False
-    if _DICOM_DEFLATED in head:
+    if DEFLATED in head:
         raise DataError(f"{name}: deflated DICOM is not supported; convert it to an uncompressed file")
     return True
 
