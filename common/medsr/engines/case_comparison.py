@@ -13,7 +13,7 @@ import numpy.typing as npt
 from medsr.engines.case_evaluator import one_line
 from medsr.errors import DataError, MedsrError, SettingError
 from medsr.geometry import RATIO_LIMIT, through_plane_ratio
-from medsr.io.writing import write_json
+from medsr.io.writing import earlier_path, write_json
 from medsr.settings import as_number
 from medsr.transforms.thick_slices import ThickSliceParameters
 
@@ -99,8 +99,7 @@ def _keep_earlier(path: Path) -> None:
     """Rename the file of an earlier comparison, which may be of other weights and took as long to make."""
     if not path.exists():
         return
-    numbers = (f"_earlier_{number}" if number > 1 else "_earlier" for number in count(1))
-    kept = next(one for one in (path.with_stem(path.stem + end) for end in numbers) if not one.exists())
+    kept = next(one for number in count(1) if not (one := earlier_path(path, number)).exists())
     path.rename(kept)
     _log.warning("%s of an earlier comparison is kept as %s", path.name, kept.name)
 

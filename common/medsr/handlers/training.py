@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import medsr
 from medsr import catalog
 from medsr.errors import MedsrError, OutputError, SettingError
-from medsr.io.writing import atomic_path, write_json
+from medsr.io.writing import atomic_path, earlier_path, write_json
 from medsr.settings import as_number
 
 __all__ = ["BudgetSchedule", "GradientGuard", "RunRecord", "WeightSaver", "save_weights"]
@@ -365,8 +365,7 @@ class _Earlier:
         if any(path.samefile(other) for other in others):
             # What began after that one failed at once.
             return
-        number = _number_of_earlier(engine, path.parent)
-        kept = path.with_stem(f"{path.stem}_earlier" + (f"_{number}" if number > 1 else ""))
+        kept = earlier_path(path, _number_of_earlier(engine, path.parent))
         with _as_output_error(kept):
             try:
                 os.link(path, kept)

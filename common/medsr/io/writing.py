@@ -29,7 +29,7 @@ from medsr.geometry import validate_affine
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["atomic_path", "probe_folder", "write_figure", "write_json", "write_nifti"]
+__all__ = ["atomic_path", "earlier_path", "probe_folder", "write_figure", "write_json", "write_nifti"]
 
 _AXIS_LIMIT = 32767
 _STALE_SECONDS = 24 * 3600.0
@@ -236,6 +236,21 @@ def write_figure(path: PathLike, figure: Figure, *, dpi: int = 120) -> Path:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary, format="png", dpi=dpi)
     return final
+
+
+def earlier_path(path: PathLike, number: int) -> Path:
+    """Where the file of an earlier run is kept beside the one that takes its name.
+
+    Args:
+        path: the file.
+        number: of the run, from 1.
+
+    Example:
+        >>> earlier_path("runs/model.pt", 1).name, earlier_path("runs/model.pt", 2).name
+        ('model_earlier.pt', 'model_earlier_2.pt')
+    """
+    path = Path(path)
+    return path.with_stem(f"{path.stem}_earlier" + (f"_{number}" if number > 1 else ""))
 
 
 def _temporary_name(name: str) -> str:
