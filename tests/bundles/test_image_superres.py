@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -215,7 +216,11 @@ def test_the_table_has_interpolation_and_networks(medsr_here, sharp, tmp_path, r
     assert medsr_here(
         name, sharp, out=out, config=("inference.json", "evaluate.json"), settings=settings
     ) == (0, [])
-    rows = json.loads((out / "images.json").read_text())["rows"]
+    found = json.loads((out / "images.json").read_text())
+    rows, made_by = found["rows"], found["run"]
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert {made_by["sha256"]["network"], made_by["sha256"]["again"]} == {digest}
+    assert made_by["settings"]["scale"] == 4
     assert {row["method"] for row in rows} == {"bicubic", "lanczos", "network", "again"}
     assert {row["protocol"] for row in rows} == {"psnr-v1:y:border4:full:u8", "psnr-v1:rgb:border0:full:u8"}
     assert {row["case"] for row in rows} == {"one", "two"}

@@ -509,8 +509,11 @@ def test_a_comparison_needs_no_setting(sharp: Path, tmp_path: Path, medsr: Calla
     out = tmp_path / "out"
     status, lines = medsr(sharp, out=out, config=("inference.json", "evaluate.json"))
     assert status == 0, lines
-    rows = json.loads((out / "comparison.json").read_text())["rows"]
-    assert {row["method"] for row in rows} >= {"nearest", "cubic", "network"}
+    found = json.loads((out / "comparison.json").read_text())
+    assert {row["method"] for row in found["rows"]} >= {"nearest", "cubic", "network"}
+    made_by = found["run"]
+    assert made_by["settings"]["ratios"] == [4.0]
+    assert {"evaluate.json", "inference.json", "model.pt"} <= set(made_by["sha256"])
 
 
 def test_a_comparison_follows_links_and_runs_in_both_directions_when_asked(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from medsr.engines.case_evaluator import one_line
 from medsr.errors import DataError, MedsrError, SettingError
 from medsr.geometry import RATIO_LIMIT, through_plane_ratio
+from medsr.handlers.run_conditions import RunConditions
 from medsr.io.writing import earlier_path, write_json
 from medsr.settings import as_number
 from medsr.transforms.thick_slices import ThickSliceParameters
@@ -46,9 +47,17 @@ class CaseComparison:
         self.left_out: dict[str, str] = {}
         self.notes: dict[str, str] = {}
 
-    def run(self) -> list[dict[str, Any]]:
-        """Compare, log and write the table; return its rows."""
+    def run(self, conditions: RunConditions | None = None) -> list[dict[str, Any]]:
+        """Compare, log and write the table; return its rows.
+
+        Args:
+            conditions: what the rows are made by, to stand beside them as ``run``.
+        """
         self.rows, self.left_out, self.notes = [], {}, {}
+        made_by: dict[str, Any] = {}
+        if conditions is not None:
+            conditions.device = str(getattr(self, "device", conditions.device))
+            made_by = {"run": conditions.as_plain()}
         if self.output:
             _keep_earlier(Path(self.output))
         for case in self.cases:
@@ -60,8 +69,8 @@ class CaseComparison:
                 self.left_out[case["case"]] = one_line(error)
                 _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
             if self.output:
-                found = {**self.header, "rows": self.rows, "left_out": self.left_out, "notes": self.notes}
-                write_json(self.output, found)
+                found = {"rows": self.rows, "left_out": self.left_out, "notes": self.notes}
+                write_json(self.output, {**self.header, **made_by, **found})
         if self.rows:
             _log.info("\n%s", self._table())
         return self.rows

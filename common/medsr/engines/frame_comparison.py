@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from medsr.engines.case_comparison import CaseComparison, total_of
 from medsr.engines.image_comparison import DEGRADATION, refuse_other_scales
 from medsr.errors import SettingError
+from medsr.handlers.run_conditions import RunConditions
 from medsr.inferers.frame_segmentation import FrameSegmentationInferer
 from medsr.inferers.image_superres import ImageSuperResInferer
 from medsr.inferers.stereo_superres import StereoSuperResInferer
@@ -115,9 +116,9 @@ class FrameComparison(CaseComparison):
             ]
         )
 
-    def run(self) -> list[dict[str, Any]]:
-        """Compare, log and write the table; say so if no mask holds anything to find; return its rows."""
-        rows = super().run()
+    def run(self, conditions: RunConditions | None = None) -> list[dict[str, Any]]:
+        """As :meth:`CaseComparison.run`; say so if no mask holds anything to find."""
+        rows = super().run(conditions)
         if rows and not any(counts["target"] for row in rows for counts in row["classes"].values()):
             _log.warning(
                 "none of the masks has a class other than %s: there is nothing to score; check classes and ignore",

@@ -139,7 +139,8 @@ class StereoVideo:
         self.rows = rows if isinstance(rows, str) else as_whole("row_shift", rows)
         self.result, self.rate, self.progress = result, _rate(frame_rate), as_flag("progress", progress)
         self.device = torch.device(device)
-        self.report = _ClipReport(self.output_dir, device=self.device, **(record or {}))
+        self.report = RunReport(self.output_dir, **(record or {}))
+        self.report.conditions.device = str(self.device)
 
     def run(self) -> dict[str, Any]:
         """Super-resolve all frames, write the report, and return what it says of the clip.
@@ -449,14 +450,6 @@ class _Behind(AbstractContextManager["_Behind"]):
         told = contextlib.nullcontext() if kind is None else contextlib.suppress(Exception)
         with self._thread, told:
             self.settle()
-
-
-class _ClipReport(RunReport):
-    """The report of a run without an engine, which would tell the device."""
-
-    def __init__(self, output_dir: Path, *, device: torch.device, **record: Any) -> None:
-        super().__init__(output_dir, **record)
-        self._device = str(device)
 
 
 class _Tally(AbstractContextManager["_Tally"]):

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import logging
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 
-import medsr
-from medsr import catalog
 from medsr.errors import MedsrError, OutputError
 from medsr.geometry import spacing_of
 from medsr.handlers.qc_figure import superres_figure
+from medsr.handlers.run_conditions import RunConditions
 from medsr.io.cases import input_digest, sidecar_digest
 from medsr.io.writing import write_figure, write_json, write_nifti
 from medsr.settings import as_flag
@@ -256,20 +250,11 @@ class RunReport:
         describe: Callable[[Mapping[str, Any]], dict[str, Any]] = volume_facts,
     ) -> None:
         self.output_dir, self.output, self.describe = Path(output_dir), output, describe
-        # A file may be named, its folder not.
-        self.settings = {k: Path(v).name if isinstance(v, str) else v for k, v in (settings or {}).items()}
-        named = weights if isinstance(weights, Mapping) else {Path(weights).name: weights} if weights else {}
-        configs = [*config_files, *catalog.overrides_in(sys.argv)[0]]
-        given = [v for v in (settings or {}).values() if isinstance(v, str) and Path(v).suffix]
-        given = list(filter(os.path.isfile, given))
-        self._named = {Path(file).name for file in given}
-        files = {**{Path(p).name: p for p in (*configs, *given)}, **named}
-        self.hashes = {name: _sha256(path) for name, path in files.items()}
+        self.conditions = RunConditions(settings, config_files, weights)
         self.cases: dict[str, dict[str, Any]] = {}
         self._earlier: dict[str, dict[str, Any]] = {}
         self._digests: dict[str, dict[str, str]] = {}
         self._since = time.monotonic()
-        self._device = "cpu"
 
     def attach(self, engine: Engine) -> None:
         """Register behind the saving of a case."""
@@ -281,7 +266,9 @@ class RunReport:
     def __call__(self, engine: Engine) -> None:
         """Write the report now."""
         failures = getattr(engine, "failures", {})
-        finished = _earlier_cases(self.output_dir / "report.json", self._conditions()) if failures else {}
+        finished = (
+            _earlier_cases(self.output_dir / "report.json", self.conditions.as_plain()) if failures else {}
+        )
         for case, reason in failures.items():
             self.cases[case] = {"status": "failed", "reason": reason}
             if case in finished:
@@ -312,7 +299,7 @@ class RunReport:
         if self.output is None or self.output.overwrite:
             return list(items)
         _refuse_foreign(self.output_dir / "report.json")
-        earlier = _earlier_cases(self.output_dir / "report.json", self._conditions())
+        earlier = _earlier_cases(self.output_dir / "report.json", self.conditions.as_plain())
         left: list[Mapping[str, str]] = []
         for item in items:
             if "error" in item:
@@ -346,7 +333,7 @@ class RunReport:
         Raises:
             OutputError: naming what changed.
         """
-        now = self._conditions()
+        now = self.conditions.as_plain()
         changed = [
             f"{key} {json.dumps(before.get(key))}, not {json.dumps(now[kind].get(key))}"
             if kind == "settings"
@@ -356,7 +343,7 @@ class RunReport:
             for key in sorted({*before, *now[kind]})
             if before.get(key) != now[kind].get(key)
             # Reports of earlier releases have no hash of a file that a setting names.
-            if key in before or key not in self._named
+            if key in before or key not in self.conditions.named
         ]
         if changed:
             named = "; ".join(changed[:_NAMED])
@@ -366,25 +353,9 @@ class RunReport:
                 f"{case}: is there already, made with {named}; choose another output folder or set overwrite to true"
             )
 
-    def _conditions(self) -> dict[str, Any]:
-        conditions = {
-            "versions": {
-                "medsr": medsr.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "device": self._device,
-            "threads": torch.get_num_threads(),
-            "sha256": self.hashes,
-            "settings": self.settings,
-        }
-        # As it will be read back: tuples become lists, for example.
-        plain: dict[str, Any] = json.loads(json.dumps(conditions))
-        return plain
-
     def write(self) -> Path:
         """Write ``report.json`` and return its path."""
-        conditions = self._conditions()
+        conditions = self.conditions.as_plain()
         path = self.output_dir / "report.json"
         # Read anew each time: another run may be writing its cases into the same folder.
         self._earlier |= _earlier_cases(path, conditions, without=self.cases)
@@ -409,7 +380,7 @@ class RunReport:
 
     def _begin(self, engine: Engine) -> None:
         self._since = time.monotonic()
-        self._device = str(getattr(engine.state, "device", "cpu"))
+        self.conditions.device = str(getattr(engine.state, "device", "cpu"))
 
     def _record(self, engine: Engine) -> None:
         for item in processed_cases(engine):
@@ -470,9 +441,3 @@ def _refuse_foreign(report: Path) -> None:
                 f"{report.name}: is there already, and of another program; choose another output folder or set "
                 "overwrite to true"
             )
-
-
-def _sha256(path: str | Path) -> str | None:
-    with contextlib.suppress(OSError):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return None

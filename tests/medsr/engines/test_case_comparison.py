@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from medsr.engines.case_comparison import CaseComparison
 from medsr.errors import DataError
+from medsr.handlers.run_conditions import RunConditions
 
 
 class Lengths(CaseComparison):
@@ -65,6 +67,15 @@ def test_the_rows_of_earlier_runs_are_kept_beside(tmp_path, caplog):
     ]
     assert found == ["one", "three", "seven"]
     assert "rows.json of an earlier comparison is kept as rows_earlier_2.json" in caplog.text
+
+
+def test_what_the_rows_were_made_by_stands_beside_them(tmp_path):
+    comparison = Lengths([{"case": "one"}], tmp_path / "rows.json")
+    comparison.device = torch.device("cpu:0")
+    comparison.run(RunConditions({"scale": 4}, weights={"network": __file__}))
+    made_by = json.loads((tmp_path / "rows.json").read_text())["run"]
+    assert (made_by["settings"], made_by["device"]) == ({"scale": 4}, "cpu:0")
+    assert len(made_by["sha256"]["network"]) == 64
 
 
 def test_a_second_run_starts_anew_and_a_clean_one_ends_well():

@@ -342,28 +342,6 @@ def test_a_time_series_keeps_its_repetition_time(tmp_path):
         assert found.get_zooms() == ((1, 1, 1, 2.5) if channels == 3 else (1, 1, 1))
 
 
-def test_the_configs_of_the_command_line_are_hashed_too(tmp_path, monkeypatch):
-    configs = [tmp_path / name for name in ("inference.json", "mine.json")]
-    for config in configs:
-        config.write_text(json.dumps({"name": config.name}))
-    words = ["run", "--config_file", str([str(config) for config in configs])]
-    monkeypatch.setattr("sys.argv", ["monai.bundle", *words])
-    report = RunReport(tmp_path, config_files=configs[:1])
-    assert report.hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in configs}
-
-
-def test_a_missing_weight_file_has_no_hash(tmp_path):
-    assert RunReport(tmp_path, weights=tmp_path / "none.pt").hashes == {"none.pt": None}
-
-
-def test_weights_of_one_file_name_are_told_apart(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.pt").write_bytes(name.encode())
-    report = RunReport(tmp_path, weights={name: tmp_path / name / "model.pt" for name in ("one", "two")})
-    assert report.hashes == {name: hashlib.sha256(name.encode()).hexdigest() for name in ("one", "two")}
-
-
 def test_the_facts_of_the_inferer_are_not_used_up(tmp_path):
     engine = engine_of(item())
     RunReport(tmp_path)._record(engine)

@@ -1,0 +1,82 @@
+"""What the results of a run were made by, for whoever wants the same again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import medsr
+from medsr import catalog
+
+__all__ = ["RunConditions"]
+
+
+class RunConditions:
+    """Versions, device, SHA-256 of weights and configs, and the settings of a run.
+
+    File names appear, folders do not: a path may name a patient.
+
+    Args:
+        settings: the settings of the run that shape the result; of a file that one names the SHA-256 is recorded.
+        config_files: configs whose SHA-256 is recorded; on MONAI's command line so are those that it names.
+        weights: weight file whose SHA-256 is recorded, or several by the name under which that is done.
+
+    Attributes:
+        device: where the run computes; who runs it knows.
+        settings: as they are recorded.
+        hashes: SHA-256 by file name, or by the name that was given for a weight file.
+        named: names of the files that settings name.
+
+    Example:
+        >>> sorted(RunConditions({"scale": 4}).as_plain())
+        ['device', 'settings', 'sha256', 'threads', 'versions']
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        config_files: Sequence[str | Path] = (),
+        weights: str | Path | Mapping[str, str | Path] | None = None,
+    ) -> None:
+        self.device = "cpu"
+        self.settings = {k: Path(v).name if isinstance(v, str) else v for k, v in (settings or {}).items()}
+        by_name = (
+            weights if isinstance(weights, Mapping) else {Path(weights).name: weights} if weights else {}
+        )
+        configs = [*config_files, *catalog.overrides_in(sys.argv)[0]]
+        given = [v for v in (settings or {}).values() if isinstance(v, str) and Path(v).suffix]
+        given = list(filter(os.path.isfile, given))
+        self.named = {Path(file).name for file in given}
+        files = {**{Path(p).name: p for p in (*configs, *given)}, **by_name}
+        self.hashes = {name: _sha256(path) for name, path in files.items()}
+
+    def as_plain(self) -> dict[str, Any]:
+        """All of it as JSON gives it back: tuples become lists, for example."""
+        conditions = {
+            "versions": {
+                "medsr": medsr.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            "sha256": self.hashes,
+            "settings": self.settings,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(conditions))
+        return plain
+
+
+def _sha256(path: str | Path) -> str | None:
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return None
