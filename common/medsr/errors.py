@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 __all__ = [
     "DataError",
     "GeometryError",
@@ -10,6 +12,8 @@ __all__ = [
     "OutputError",
     "SettingError",
     "WeightsError",
+    "causes",
+    "first_of_ours",
 ]
 
 
@@ -55,3 +59,27 @@ class MissingExtraError(MedsrError):
     """An optional package that a feature needs and that is not installed."""
 
     exit_code = 6
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what caused it, what caused that, and so on; not what ``raise ... from None`` has replaced.
+
+    Example:
+        >>> [type(one).__name__ for one in causes(ValueError("too short"))]
+        ['ValueError']
+    """
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def first_of_ours(error: BaseException | None) -> MedsrError | None:
+    """The outermost error of this family: whoever raised it over another knew more, for example the file.
+
+    Libraries wrap it into errors of their own, one per level.
+
+    Example:
+        >>> first_of_ours(ValueError("too short")) is None
+        True
+    """
+    return next((one for one in causes(error) if isinstance(one, MedsrError)), None)

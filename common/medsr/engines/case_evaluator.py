@@ -13,7 +13,7 @@ from ignite.engine import Engine
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
-from medsr.errors import MedsrError
+from medsr.errors import causes, first_of_ours
 
 __all__ = ["CaseDataset", "CaseEvaluator", "named", "one_line"]
 
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def one_line(error: BaseException) -> str:
-    """What was wrong, in one line: the innermost error of this project, else the innermost of all.
+    """What was wrong, in one line: the outermost error of this project, else the innermost of all.
 
     Example:
         >>> one_line(ValueError("too short"))
@@ -29,15 +29,9 @@ def one_line(error: BaseException) -> str:
         >>> one_line(FileNotFoundError(2, "No such file or directory", "/home/somebody/a.nii"))
         'a.nii: No such file or directory'
     """
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    ours = [e for e in chain if isinstance(e, MedsrError)]
-    if ours:
-        return " ".join(str(ours[-1]).split())
-    last = chain[-1]
+    if ours := first_of_ours(error):
+        return " ".join(str(ours).split())
+    *_, last = causes(error)
     if isinstance(last, OSError) and last.strerror:
         # Its own text holds the whole path.
         where = (
@@ -111,7 +105,7 @@ class CaseEvaluator(SupervisedEvaluator):
             return self._failed(engine, case, str(_first(batchdata["error"])))
         try:
             return super()._iteration(engine, batchdata)
-        except (Exception, MemoryError) as error:
+        except Exception as error:
             return self._failed(engine, case, one_line(error))
 
     def _failed(self, engine: Engine, case: str, reason: str) -> dict[str, Any]:
