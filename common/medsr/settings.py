@@ -11,7 +11,7 @@ from numbers import Real
 
 from medsr.errors import SettingError
 
-__all__ = ["as_flag", "as_number", "as_numbers", "as_whole", "as_whole_list", "as_wholes"]
+__all__ = ["as_flag", "as_number", "as_numbers", "as_span", "as_whole", "as_whole_list", "as_wholes"]
 
 _WORDS = {"true": True, "false": False}
 
@@ -160,6 +160,26 @@ def as_numbers(name: str, value: object, *, above: float | None = None) -> list[
         bound = "" if above is None else f" > {above:g}"
         raise SettingError(f"{name} must be a list of numbers{bound}, got {value!r}")
     return found
+
+
+def as_span(name: str, value: object) -> tuple[float, float]:
+    """Return a setting that is a range, two numbers in order, or one number as the range that holds nothing else.
+
+    Args:
+        name: the setting's name, for the message.
+        value: what was given.
+
+    Raises:
+        SettingError: if it is neither.
+
+    Example:
+        >>> as_span("ratio", [2, 8]), as_span("ratio", 4)
+        ((2.0, 8.0), (4.0, 4.0))
+    """
+    found = as_numbers(name, value)
+    if len(found) > 2 or found[0] > found[-1]:
+        raise SettingError(f"{name} must be one number or two in order, got {value!r}")
+    return found[0], found[-1]
 
 
 def _is_whole(value: object, at_least: int | None) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from medsr.errors import SettingError
-from medsr.settings import as_flag, as_number, as_numbers, as_whole, as_whole_list, as_wholes
+from medsr.settings import as_flag, as_number, as_numbers, as_span, as_whole, as_whole_list, as_wholes
 
 
 @pytest.mark.parametrize("value", [True, False])
@@ -85,3 +85,11 @@ def test_a_list_of_numbers_may_be_one_number(value: object, found: list[float]) 
 def test_what_is_no_list_of_numbers_is_refused(value: object) -> None:
     with pytest.raises(SettingError, match=r"^ratios must be a list of numbers > 0, got"):
         as_numbers("ratios", value, above=0)
+
+
+@pytest.mark.parametrize("value", [[8, 2], [1, 2, 3], [], "2", None, True, [2, "8"]])
+def test_a_range_is_one_number_or_two_in_order(value: object) -> None:
+    assert as_span("ratio", [2, 8]) == as_span("ratio", (2.0, 8)) == (2.0, 8.0)
+    assert as_span("ratio", 4) == as_span("ratio", [4]) == (4.0, 4.0)
+    with pytest.raises(SettingError, match="ratio must be"):
+        as_span("ratio", value)

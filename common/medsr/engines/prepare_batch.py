@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from monai.engines.utils import default_prepare_batch
 from torch import Tensor
 
 from medsr.errors import SettingError
+from medsr.settings import as_number, as_span, as_whole, as_wholes
 from medsr.transforms.frame_labels import IGNORED
 from medsr.transforms.labels import drawn_classes
 from medsr.transforms.thick_slices import (
@@ -147,25 +148,25 @@ class PrepareThickSlices:
 
     def __init__(
         self,
-        ratio: tuple[float, float] = (2.0, 8.0),
-        thickness: tuple[float, float] = (0.6, 1.1),
+        ratio: float | Sequence[float] = (2.0, 8.0),
+        thickness: float | Sequence[float] = (0.6, 1.1),
         *,
         max_slices: int = 12,
         min_slices: int = 4,
         noise: float = 0.02,
-        gamma: tuple[float, float] = (0.8, 1.25),
+        gamma: float | Sequence[float] = (0.8, 1.25),
         contrast: float = 0.0,
         profiles: Mapping[str | tuple[float, ...], float] | None = None,
         label_classes: int = 0,
         seed: int = 0,
     ) -> None:
-        if min(ratio) < MIN_RATIO:
-            raise SettingError(f"the ratio of slice spacings must be >= {MIN_RATIO}, got {min(ratio):g}")
-        self.ratio, self.noise, self.gamma = (float(ratio[0]), float(ratio[1])), float(noise), tuple(gamma)
-        self.contrast = float(contrast)
-        self.max_slices, self.min_slices = int(max_slices), int(min_slices)
-        self.label_classes = int(label_classes)
-        self.draw = RandSimulateThickSlices(self.ratio, thickness, profiles)
+        self.ratio, self.gamma = as_span("ratio", ratio), as_span("gamma", gamma)
+        if self.ratio[0] < MIN_RATIO:
+            raise SettingError(f"the ratio of slice spacings must be >= {MIN_RATIO}, got {self.ratio[0]:g}")
+        self.noise, self.contrast = as_number("noise", noise), as_number("contrast", contrast)
+        self.max_slices, self.min_slices = as_wholes(1, max_slices=max_slices, min_slices=min_slices)
+        self.label_classes = as_whole("label_classes", label_classes, 0)
+        self.draw = RandSimulateThickSlices(self.ratio, as_span("thickness", thickness), profiles)
         self.draw.set_random_state(seed)
         self.random = np.random.default_rng(seed)
 

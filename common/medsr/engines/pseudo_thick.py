@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
+from medsr.settings import as_number, as_span, as_whole
 from medsr.transforms.labels import drawn_classes, with_background
 from medsr.transforms.thick_slices import ThickSliceParameters, whole_span
 
@@ -31,7 +32,7 @@ def block_size(patch_size: Sequence[int], ratio: float | Sequence[float], phase:
         ([160, 160, 36], [160, 160, 32])
     """
     *plane, slices = (int(size) for size in patch_size)
-    count = whole_span(slices, _span(ratio)[1])
+    count = whole_span(slices, as_span("ratio", ratio)[1])
     return [*plane, math.ceil(count * (1 + 2 * phase / slices))]
 
 
@@ -47,7 +48,7 @@ def block_step(ratio: float | Sequence[float], phase: float) -> float:
     """
     if phase:
         return 1.0
-    low, high = _span(ratio)
+    low, high = as_span("ratio", ratio)
     if low != high:
         raise SettingError(f"phase 0 needs one ratio, got the range {low:g} to {high:g}; give the scan's own")
     return low
@@ -109,9 +110,10 @@ class PreparePseudoThick:
         seed: int = 0,
         thin: bool = True,
     ) -> None:
-        self.ratio, self.thickness = _span(ratio), _span(thickness)
-        self.slices, self.profile, self.phase = int(slices), profile, float(phase)
-        self.gamma, self.brightness, self.noise = _span(gamma), float(brightness), float(noise)
+        self.ratio, self.thickness = as_span("ratio", ratio), as_span("thickness", thickness)
+        self.slices, self.profile = as_whole("slices", slices, 1), profile
+        self.gamma, self.phase = as_span("gamma", gamma), as_number("phase", phase)
+        self.brightness, self.noise = as_number("brightness", brightness), as_number("noise", noise)
         self.random, self.thin = np.random.default_rng(seed), bool(thin)
 
     def __call__(
@@ -172,8 +174,3 @@ class PreparePseudoThick:
     def _with_noise(self, thick: Tensor) -> Tensor:
         sigma = self.random.uniform(0, self.noise, size=len(thick)) * (self.random.random(len(thick)) < 0.5)
         return thick + torch.randn_like(thick) * torch.as_tensor(sigma).to(thick).view(-1, 1, 1, 1, 1)
-
-
-def _span(value: float | Sequence[float]) -> tuple[float, float]:
-    low, high = (value, value) if isinstance(value, (int, float)) else value
-    return float(low), float(high)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
+from medsr.settings import as_whole_list
 
 __all__ = ["PairwiseAffinityLoss", "SpatialCosineLoss"]
 
@@ -53,9 +54,10 @@ class PairwiseAffinityLoss(nn.Module):
 
     def __init__(self, nodes: Sequence[int] = (8, 8)) -> None:
         super().__init__()
-        if len(nodes) != 2 or min(nodes) < 1:
-            raise SettingError(f"nodes must be two positive numbers, for H and W, got {tuple(nodes)}")
-        self.nodes = (int(nodes[0]), int(nodes[1]))
+        found = as_whole_list("nodes", nodes, 1)
+        if len(found) != 2:
+            raise SettingError(f"nodes must be two positive numbers, for H and W, got {found}")
+        self.nodes = (found[0], found[1])
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the mean squared difference of affinities."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from medsr.errors import DataError, SettingError
 from medsr.resampling import keys_matrix
+from medsr.settings import as_numbers
 
 __all__ = ["PROFILES", "acquisition_matrix", "as_profile", "fwhm_in_voxels", "read_taps"]
 
@@ -110,11 +111,11 @@ def as_profile(value: str | Sequence[float]) -> str | tuple[float, ...]:
         >>> as_profile("box"), as_profile([1, 2, 1])
         ('box', (1.0, 2.0, 1.0))
     """
-    if not isinstance(value, str):
-        return tuple(float(tap) for tap in value)
+    if isinstance(value, (list, tuple)):
+        return tuple(as_numbers("slice_profile", value))
     if value in PROFILES:
         return value
-    if not Path(value).suffix and not Path(value).is_file():
+    if not isinstance(value, str) or (not Path(value).suffix and not Path(value).is_file()):
         raise SettingError(
             f"slice profile must be one of {', '.join(PROFILES)} or a file of taps, got '{value}'"
         )

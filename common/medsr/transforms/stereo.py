@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from medsr.errors import DataError, SettingError
 from medsr.io.loading import loaded_name
-from medsr.settings import as_flag, as_whole
+from medsr.settings import as_flag, as_number, as_whole, as_wholes
 
 __all__ = [
     "FRAME_LAYOUTS",
@@ -298,14 +298,12 @@ class RandDisparityd(RandomizableTransform, MapTransform):
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)
-        if min(largest, relief) < 0:
-            raise SettingError(f"largest and relief must be >= 0 pixels, got {largest} and {relief}")
-        if not 0 <= exposure < 1:
+        self.largest, self.relief = as_wholes(0, largest=largest, relief=relief)
+        self.exposure, self.noise = as_number("exposure", exposure), as_number("noise", noise)
+        if not 0 <= self.exposure < 1:
             raise SettingError(f"exposure must be in [0, 1), got {exposure}")
-        if noise < 0:
+        if self.noise < 0:
             raise SettingError(f"noise must be >= 0, got {noise}")
-        self.largest, self.relief = int(largest), int(relief)
-        self.exposure, self.noise = float(exposure), float(noise)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Move the right views."""

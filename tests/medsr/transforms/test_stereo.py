@@ -225,8 +225,8 @@ def test_cameras_have_noise_of_their_own():
     ("settings", "message"),
     [
         ({"largest": 4, "noise": -0.1}, "noise must be >= 0, got -0.1"),
-        ({"largest": -1}, "largest and relief must be >= 0 pixels, got -1 and 0"),
-        ({"largest": 4, "relief": -2}, "largest and relief must be >= 0 pixels, got 4 and -2"),
+        ({"largest": -1}, "largest must be a whole number >= 0, got -1"),
+        ({"largest": 4, "relief": -2}, "relief must be a whole number >= 0, got -2"),
         ({"largest": 4, "exposure": 1.0}, r"exposure must be in \[0, 1\), got 1.0"),
     ],
 )
