@@ -39,6 +39,7 @@ __all__ = [
     "find_images",
     "read_image",
     "read_image_header",
+    "read_palette_indices",
 ]
 
 _UNREAD = (".webp", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".tga")
@@ -293,6 +294,31 @@ def read_image(path: PathLike) -> LoadedImage:
     )
 
 
+def read_palette_indices(path: PathLike) -> npt.NDArray[np.uint8] | None:
+    """The places in its palette that an image stores, turned as :func:`read_image` turns it; None without a palette.
+
+    Args:
+        path: a file, as for :func:`read_image`.
+
+    Shape:
+        ``(H, W)``.
+
+    Raises:
+        DataError: as :func:`read_image`.
+
+    Example:
+        >>> read_palette_indices("none.png")
+        Traceback (most recent call last):
+        medsr.errors.DataError: none.png: no such file
+    """
+    header = read_image_header(path)
+    if header.encoding.file_format == "DICOM":
+        return None
+    with _one_line_faults(header.path.name):
+        image = _upright(header)
+    return np.asarray(image) if image.mode == "P" else None
+
+
 # --- Files --------------------------------------------------------------------------------------------------
 
 
@@ -526,17 +552,22 @@ def _dpi(value: Any) -> tuple[float, float] | None:
     return (x, y) if 0 < x < _DPI_LIMIT and 0 < y < _DPI_LIMIT else None
 
 
-def _picture_pixels(header: ImageHeader) -> npt.NDArray[np.float32]:
-    name, encoding = header.path.name, header.encoding
+def _upright(header: ImageHeader) -> Image.Image:
+    """The image as it is to be looked at; Pillow turns TIFF itself."""
     with header.path.open("rb") as file:
-        if encoding.file_format == "PNG":
+        if header.encoding.file_format == "PNG":
             # The checksums of all chunks; decoding alone ignores them.
             Image.open(file, formats=_FORMATS).verify()
             file.seek(0)
         image = Image.open(file, formats=_FORMATS)
         image.load()
-    if header.orientation > 1 and encoding.file_format != "TIFF":
-        image = image.transpose(_UPRIGHT[header.orientation])
+    turned = header.orientation > 1 and header.encoding.file_format != "TIFF"
+    return image.transpose(_UPRIGHT[header.orientation]) if turned else image
+
+
+def _picture_pixels(header: ImageHeader) -> npt.NDArray[np.float32]:
+    name, encoding = header.path.name, header.encoding
+    image = _upright(header)
     if encoding.bits == 8:
         image = image.convert(_EXPANDED[image.mode] + "A" * header.has_alpha)
     pixels = np.asarray(image)

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from monai.utils import ensure_tuple
-from PIL import Image, ImageOps
 
 from medsr.errors import DataError, OutputError
 from medsr.io.cases import refuse_marked
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding, find_images, read_image, read_image_header
+from medsr.io.images import ImageEncoding, find_images, read_image, read_image_header, read_palette_indices
 
 __all__ = ["find_labelled_frames", "frames_of_groups", "group_of", "read_mask", "write_mask"]
 
@@ -149,11 +148,10 @@ def read_mask(path: PathLike) -> npt.NDArray[np.int32]:
     kind = read_image_header(path).encoding.file_format
     if kind not in _FORMATS:
         raise DataError(f"{path.name}: a mask cannot be {kind}; save it as PNG, which keeps every value")
+    indices = read_palette_indices(path)
+    if indices is not None:
+        return indices.astype(np.int32)
     image = read_image(path)
-    # That the file is whole is known by now.
-    with Image.open(path) as picture:
-        if picture.mode == "P":
-            return np.asarray(ImageOps.exif_transpose(picture)).astype(np.int32)
     if image.alpha is not None and image.alpha.min() < 1:
         raise DataError(f"{path.name}: a mask with transparency is ambiguous; save it as plain grey values")
     if (image.values != image.values[:1]).any():

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from medsr.errors import DataError, OutputError
+from medsr.io.images import read_image
 from medsr.io.masks import find_labelled_frames, frames_of_groups, group_of, read_mask, write_mask
 from PIL import Image
 
@@ -104,6 +105,22 @@ def test_every_16_bit_grey_is_read_as_stored(tmp_path, suffix):
     greys = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(greys).save(tmp_path / f"m{suffix}")
     np.testing.assert_array_equal(read_mask(tmp_path / f"m{suffix}"), greys)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_palette_is_turned_like_the_image_beside_it(tmp_path, suffix, orientation):
+    """A mask and its image come from one tool; both are turned, or neither."""
+    indices = (np.arange(24).reshape(4, 6) % 5).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    grey, picture = (Image.fromarray(indices, mode) for mode in ("L", "P"))
+    picture.putpalette([value for level in range(5) for value in (level, 0, 0)])
+    for name, image in (("grey", grey), ("palette", picture)):
+        image.save(tmp_path / f"{name}{suffix}", exif=exif)
+    expected = np.rint(read_image(tmp_path / f"grey{suffix}").values[0] * 255)
+    assert read_mask(tmp_path / f"palette{suffix}").tolist() == expected.tolist()
+    assert expected.shape == ((6, 4) if orientation > 4 else (4, 6))
 
 
 def test_a_palette_gives_its_indices_whatever_its_colours(tmp_path):
