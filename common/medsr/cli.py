@@ -25,6 +25,14 @@ from typing import Any
 
 from medsr import __version__, catalog, errors
 from medsr.errors import DataError, MedsrError, OutputError, SettingError
+from medsr.overrides import (
+    asking,
+    refuse_lone_overlay,
+    refuse_unclear,
+    refuse_unfit_configs,
+    refuse_unknown,
+    unknown_settings,
+)
 
 __all__ = ["main"]
 
@@ -198,15 +206,16 @@ def _info(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     root = _root(arguments.bundle)
     configs = [_config(root, name) for name in arguments.config]
-    catalog.refuse_lone_overlay(configs)
+    refuse_lone_overlay(configs)
+    refuse_unfit_configs(configs)
     overrides = _overrides(arguments, root, configs)
-    catalog.refuse_unknown(overrides, configs)
-    catalog.refuse_unclear(overrides, configs)
+    refuse_unknown(overrides, configs)
+    refuse_unclear(overrides, configs)
     if arguments.quiet:
         # The bundle's logging.conf would turn the messages on again.
         overrides["logging_file"] = False
     files = [str(config) for config in configs]
-    with _hushed(quiet=arguments.quiet, verbose=arguments.verbose):
+    with _hushed(quiet=arguments.quiet, verbose=arguments.verbose), asking(configs, overrides):
         from monai.bundle import run
 
         run(config_file=files[0] if len(files) == 1 else files, **overrides)
@@ -237,15 +246,11 @@ def _convert_weights(arguments: argparse.Namespace) -> None:
         state = getattr(import_module(module), function)(arguments.source)
     if arguments.output.exists() and arguments.output.samefile(arguments.source):
         raise OutputError(f"{arguments.output}: is the source itself; choose another name for the output")
-    unfinished = arguments.output.with_name(f".{arguments.output.name}.partial")
-    try:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, unfinished)
-        unfinished.replace(arguments.output)
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise OutputError(f"{arguments.output}: cannot be written ({error})") from error
+    from medsr.io.writing import atomic_path, probe_folder
+
+    probe_folder(arguments.output.parent)
+    with atomic_path(arguments.output) as unfinished, unfinished.open("wb") as file:
+        torch.save(state, file)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -287,12 +292,9 @@ def _overrides(arguments: argparse.Namespace, root: Path, configs: Sequence[Path
         "dataset_dir": inputs[0] if len(inputs) == 1 else inputs,
         "output_dir": _safe(arguments.output),
     }
-    if not catalog.unknown_settings(["bundle_root"], configs):
+    if not unknown_settings(["bundle_root"], configs):
         # Explicit, because the config would look for its root by name, and this may be another copy.
         overrides["bundle_root"] = _safe(root)
-    if not catalog.unknown_settings(["report::config_files::0"], configs):
-        # Overlays, too, have made the results.
-        overrides["report::config_files"] = [_safe(config) for config in configs]
     for setting in arguments.settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
@@ -374,7 +376,10 @@ def _without_traceback(
     """A log record in one line: engines log the traceback of the error that is reported at the end."""
     record = factory(*values, **more)
     record.exc_info = None
-    text = record.getMessage()
+    try:
+        text = record.getMessage()
+    except Exception:  # arguments that do not fit; logging tells so itself, and goes on
+        return record
     if "Traceback (most recent call last)" in text:
         record.msg, record.args = text.splitlines()[0], ()
     return record
@@ -392,7 +397,7 @@ def _status(code: object) -> int:
 
 def _report(error: BaseException, *, verbose: bool) -> tuple[int, str]:
     """Exit status and one line for an error; MONAI wraps ours, and a worker process sends only its text."""
-    for one in _behind(error):
+    for one in errors.causes(error):
         text = str(one)
         if in_worker := _OURS.search(text):
             return getattr(errors, in_worker[1], MedsrError).exit_code, in_worker[2]
@@ -402,16 +407,9 @@ def _report(error: BaseException, *, verbose: bool) -> tuple[int, str]:
         error = error.__cause__
     kind, text = type(error).__name__, str(error)
     if in_worker := _ORIGINAL.search(text):
-        kind, text = in_worker[1].rpartition(".")[2], in_worker[2]
+        kind, text = in_worker[1].rpartition(".")[2], in_worker[2] or ""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no message")
     return 1, f"{kind}: {line}{'' if verbose else ' (--verbose shows where)'}"
-
-
-def _behind(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what caused it, what caused that, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _scale(scale: float | tuple[float, ...] | None) -> str:

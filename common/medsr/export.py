@@ -24,6 +24,7 @@ from medsr import catalog
 from medsr.engines.runner import load_weights
 from medsr.errors import MissingExtraError, OutputError, SettingError, WeightsError
 from medsr.io.writing import atomic_path
+from medsr.overrides import unknown_settings
 
 __all__ = ["OpenVINONetwork", "bundle_network", "export_onnx"]
 
@@ -69,7 +70,7 @@ def bundle_network(
     root = Path(root).resolve()
     files = [root / "configs" / "inference.json", *overlays]
     # Reads them all, and says in one line what is wrong with one.
-    unknown = catalog.unknown_settings(("network_def", "weights"), files)
+    unknown = unknown_settings(("network_def", "weights"), files)
     if unknown:
         raise SettingError(f"{root.name}: inference.json has no '{unknown[0][0]}', which an export needs")
     parser = ConfigParser()

@@ -292,7 +292,7 @@ def overlay_faults(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> Itera
     used = {parts(reference)[0] for reference in REFERENCE.findall(text)}
     for key in overlay:
         path = parts(key)
-        own = key in ("_desc_", "_unused_", "initialize") or (len(path) == 1 and key in used)
+        own = key in ("_desc_", "_unused_", "_not_with_", "initialize") or (len(path) == 1 and key in used)
         if not holds(base, path) and not own:
             yield f"{key} is not in the base config, and the overlay does not use it"
     merged = {**base, **{key: value for key, value in overlay.items() if len(parts(key)) == 1}}
@@ -351,6 +351,25 @@ def test_configs_hang_together(bundle: BundleInfo) -> None:
         else:
             assert not list(reference_faults(config)), name
             assert not list(metric_faults(config)), name
+
+
+# MONAI wants the handlers as a list; what is behind a number must not change when one is inserted.
+NUMBERED = {
+    "0": "GradientGuard",
+    "1": "BudgetSchedule",
+    "2": "WeightAverage",
+    "3": "RunRecord",
+    "4": "WeightSaver",
+}
+
+
+def test_handlers_are_what_their_numbers_say(bundle: BundleInfo) -> None:
+    found = configs(bundle)
+    handlers = [one["_target_"].rpartition(".")[2] for one in found["train.json"]["train"]["handlers"]]
+    assert handlers[:5] == list(NUMBERED.values())
+    for name, config in found.items():
+        for number in re.findall(r"train#handlers#(\d+)", json.dumps(config)):
+            assert number in NUMBERED or handlers[int(number)] == "RecycleDormantUnits", f"{name}: {number}"
 
 
 @pytest.mark.parametrize(

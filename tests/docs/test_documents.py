@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from medsr import catalog, errors
+from medsr import errors, overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -95,7 +95,7 @@ def test_commands_name_bundles_configs_and_settings_that_exist(page: Path) -> No
             next(path for path in (root / "configs" / name, root / name) if path.is_file()) for name in names
         ]
         given = [name.partition("=")[0] for name in given]
-        assert catalog.unknown_settings(given, configs) == [], shlex.join(words)
+        assert overrides.unknown_settings(given, configs) == [], shlex.join(words)
 
 
 def test_the_table_of_exit_statuses_is_that_of_the_errors() -> None:

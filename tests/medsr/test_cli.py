@@ -143,18 +143,18 @@ def test_run_takes_several_inputs_overlays_and_a_folder(
     assert capsys.readouterr().out == ""
 
 
-def test_the_report_is_told_of_overlays(folder: Path) -> None:
+def test_a_run_knows_its_overlays_and_what_was_set_inside_components(folder: Path) -> None:
     overlay = folder / "mine.json"
-    record = "$pathlib.Path(@output_file).write_text(json.dumps(@report#config_files))"
-    overlay.write_text(json.dumps({"report": {"config_files": ["inference.json"]}, "run": [record]}))
-    assert (
-        cli.main(
-            ["run", "mri_superres", "scan.nii.gz", "-o", "out", "--config", "inference.json", "mine.json"]
-        )
-        == 0
-    )
+    known = "{'files': [str(file) for file in overrides.asked()[0]], 'nested': overrides.nested_overrides()}"
+    record = f"$pathlib.Path(@output_file).write_text(json.dumps({known}))"
+    part = {"_target_": "monai.inferers.SimpleInferer"}
+    content = {"+imports": ["$import medsr.overrides as overrides"], "part": part, "run": [record]}
+    overlay.write_text(json.dumps(content))
+    words = ["--config", "inference.json", "mine.json", "--set", "part::tile=64"]
+    assert cli.main(["run", "mri_superres", "scan.nii.gz", "-o", "out", *words]) == 0
     inside = folder / "mri_superres" / "configs" / "inference.json"
-    assert json.loads((folder / "record.json").read_text()) == [str(inside), str(overlay)]
+    found = json.loads((folder / "record.json").read_text())
+    assert found == {"files": [str(inside), str(overlay)], "nested": {"part::tile": 64}}
 
 
 def test_text_settings_need_no_quotes(folder: Path) -> None:
@@ -365,7 +365,7 @@ def test_convert_writes_weights_whole(
     assert cli.main(["convert", kind, "missing.pth", "-o", "x.pt"]) == 2
     assert "missing.pth" in one_line(capsys)
     assert cli.main(["convert", kind, "scan.nii.gz", "-o", "scan.nii.gz/x.pt"]) == 5
-    assert "cannot be written" in one_line(capsys)
+    assert "scan.nii.gz: cannot write to this folder" in one_line(capsys)
     assert cli.main(["convert", kind, "scan.nii.gz", "-o", "./scan.nii.gz"]) == 5
     assert "is the source itself" in one_line(capsys)
     assert (folder / "scan.nii.gz").read_bytes() == b""

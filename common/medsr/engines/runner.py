@@ -16,10 +16,10 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medsr import catalog
-from medsr.errors import DataError, MedsrError, OutputError, SettingError, WeightsError
+from medsr.errors import DataError, MedsrError, OutputError, SettingError, WeightsError, first_of_ours
 from medsr.geometry import refinement_ratio, rescaled_size, slice_axis
 from medsr.handlers.case_output import RunReport
 from medsr.io.cases import find_cases, inspect_case
@@ -27,6 +27,8 @@ from medsr.io.images import find_images, read_image_header
 from medsr.io.nifti import VolumeHeader, refuse_beyond_memory
 from medsr.io.stereo import find_stereo_cases
 from medsr.io.writing import probe_folder
+from medsr.networks.checkpoints import read_state
+from medsr.overrides import check_overrides, overrides_in
 from medsr.settings import as_number
 from medsr.transforms.stereo import refuse_unequal_views
 
@@ -81,7 +83,7 @@ def check_settings(device: str | torch.device | None = None) -> None:
         device: where the run is to compute; tried before anything is read.
     """
     _behave_as_program()
-    catalog.check_overrides()
+    check_overrides()
     if device is not None:
         _refuse_absent(device)
 
@@ -99,7 +101,7 @@ def _refuse_absent(device: str | torch.device) -> None:
 
 
 def _behave_as_program() -> None:
-    by_monai = bool(catalog.overrides_in(sys.argv)[0])
+    by_monai = bool(overrides_in(sys.argv)[0])
     if by_monai:
         sys.excepthook = _in_one_line
     if (
@@ -117,11 +119,7 @@ def _in_one_line(kind: type[BaseException], error: BaseException, trace: Traceba
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write("medsr: interrupted\n")
         raise SystemExit(128 + signal.SIGINT)
-    found: MedsrError | None = None
-    current: BaseException | None = error
-    while current is not None:
-        found = current if isinstance(current, MedsrError) else found
-        current = current.__cause__ or current.__context__
+    found = first_of_ours(error)
     if found is None:
         sys.__excepthook__(kind, error, trace)
         return
@@ -251,8 +249,9 @@ def _refuse_same_folder(
 
     A file that is named by itself may get its result beside it.
     """
-    output = Path(output_dir).expanduser().absolute()
-    given = [folder.absolute() for folder in map(Path, inputs) if folder.is_dir()]
+    output = Path(output_dir).absolute()
+    named = [Path(one).expanduser().absolute() for one in inputs]
+    given = [folder for folder in named if folder.is_dir()]
     files = [Path(value) for case in cases for key, value in case.items() if key not in ("case", "error")]
     # A series is a folder itself.
     inside = {
@@ -308,7 +307,7 @@ def _thin_bytes(header: VolumeHeader, *, force: bool, spacing_mm: float | None) 
 
 def _refuse_full_disk(folder: str | Path, needed: int) -> None:
     """Refuse a run whose results cannot fit, before hours of computing; warn where that depends on the compression."""
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(folder).absolute()
     free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.is_dir())).free
     if needed <= free:
         return
@@ -327,7 +326,22 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
     """Say in one line why a weight file cannot be used: missing, damaged, or made for another network.
 
     A digest in ``SHA256SUMS`` beside the file is compared: one flipped bit loads without a complaint.
+
+    Args:
+        path: plain state dict.
+        network: what it is to fill, tensor by tensor.
     """
+    _fitting_state(path, network)
+
+
+@one_line_errors
+def load_weights(path: str | Path, network: nn.Module) -> nn.Module:
+    """Check a weight file as :func:`check_weights` does, load it, and return the network."""
+    network.load_state_dict(_fitting_state(path, network))
+    return network
+
+
+def _fitting_state(path: str | Path | None, network: nn.Module) -> dict[str, Tensor]:
     if path is None or not str(path):
         raise WeightsError("no weights: set --weights to a file that was trained for this network")
     if not isinstance(path, (str, Path)):
@@ -341,18 +355,8 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
         catalog.verify_weights(file.parent.parent, f"models/{file.name}")
     elif (file.parent / "SHA256SUMS").exists() and file.name in catalog.listed_digests(file.parent):
         catalog.verify_weights(file.parent, file.name)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(
-            f"{file.name}: damaged or not a plain state dict ({type(error).__name__})"
-        ) from None
-    wanted = network.state_dict()
-    if (
-        not isinstance(state, dict)
-        or set(state) != set(wanted)
-        or not all(map(torch.is_tensor, state.values()))
-    ):
+    state, wanted = read_state(file), network.state_dict()
+    if set(state) != set(wanted):
         raise WeightsError(
             f"{file.name}: made for another network; give the settings of its training (see train_record.json beside "
             "it, if there is one), such as scale, width or patch_size, or its overlay"
@@ -363,14 +367,7 @@ def check_weights(path: str | Path | None, network: nn.Module) -> None:
             f"{file.name}: '{wrong[0]}' has shape {tuple(state[wrong[0]].shape)}, this network needs "
             f"{tuple(wanted[wrong[0]].shape)}; give the settings of its training, such as scale and width"
         )
-
-
-@one_line_errors
-def load_weights(path: str | Path, network: nn.Module) -> nn.Module:
-    """Check a weight file, load it, and return the network."""
-    check_weights(path, network)
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return network
+    return state
 
 
 @one_line_errors

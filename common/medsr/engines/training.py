@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from medsr.errors import DataError, SettingError, WeightsError
 from medsr.io.cases import find_cases, refuse_marked
 from medsr.io.dicom import is_dicom_series
 from medsr.io.stereo import find_stereo_cases
-from medsr.networks.checkpoints import as_grey, at_scale
+from medsr.networks.checkpoints import as_grey, at_scale, read_state
 
 _log = logging.getLogger(__name__)
 
@@ -199,12 +200,12 @@ def start_from(path: str | Path | None, network: nn.Module, prior: str | Path | 
         2
     """
     if path:
-        _fill(network, _load(path), Path(path).name)
+        _fill(network, read_state(path), Path(path).name)
     if prior:
         name = Path(prior).name
         if getattr(network, "prior", None) is None:
             raise WeightsError(f"{name}: this network has no prior; remove --prior_weights")
-        state = _load(prior)
+        state = read_state(prior)
         if any(key.startswith("fusion.") for key in state):
             if getattr(network, "fusion", None) is None:
                 raise WeightsError(f"{name}: this network does not join planes; remove --prior_weights")
@@ -226,16 +227,6 @@ def with_prior(network: nn.Module, prior: nn.Module) -> nn.Module:
     """
     network.prior = prior
     return network
-
-
-def _load(path: str | Path) -> dict[str, Tensor]:
-    name = Path(path).name
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(f"{name}: cannot be read ({error.strerror})") from None
-    except Exception as error:
-        raise WeightsError(f"{name}: damaged or not plain weights ({type(error).__name__})") from None
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -290,7 +281,10 @@ def start_process_group() -> torch.device:
     """Join the processes that ``torchrun`` started and return this one's device: NCCL on GPUs, gloo on the CPU."""
     on_gpu = torch.cuda.is_available()
     if not torch.distributed.is_initialized():
+        told_by = sys.excepthook
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        # PyTorch's own keeps what is written until the hook before it returns, which ours does not.
+        sys.excepthook = told_by
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
         torch.cuda.set_device(local)
@@ -303,15 +297,26 @@ def end_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def distributed(network: nn.Module, device: torch.device, *, unused: bool = False) -> nn.Module:
-    """Wrap a module so that gradients are averaged over the processes; one without any stays as it is.
+def distributed(
+    network: nn.Module, device: torch.device, *, unused: bool = False, buffers: bool = True
+) -> nn.Module:
+    """Wrap a module so that gradients are averaged over the processes; alone, or without any, it stays as it is.
 
     Args:
         network: the module.
         device: of this process.
         unused: some parameters get no gradient, because the loss leaves out what they are for.
+        buffers: those of the first process are given to all before each step.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> distributed(layer, torch.device("cpu")) is layer
+        True
     """
-    if not any(parameter.requires_grad for parameter in network.parameters()):
+    trained = any(parameter.requires_grad for parameter in network.parameters())
+    if not trained or not torch.distributed.is_initialized():
         return network
     devices = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(network, device_ids=devices, find_unused_parameters=unused)
+    return nn.parallel.DistributedDataParallel(
+        network, device_ids=devices, find_unused_parameters=unused, broadcast_buffers=buffers
+    )

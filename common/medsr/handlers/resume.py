@@ -29,9 +29,13 @@ from medsr.handlers.training import BudgetSchedule, RunRecord
 from medsr.handlers.weight_average import WeightAverage
 from medsr.io.cases import input_digest
 from medsr.io.writing import atomic_path
+from medsr.overrides import nested_overrides
 from medsr.settings import as_flag
 
-__all__ = ["TrainingState"]
+__all__ = ["STATE_FILE", "TrainingState", "content_of", "differences", "may_change"]
+
+STATE_FILE = "training_state.pt"
+"""Name of the file in all configs."""
 
 _log = logging.getLogger(__name__)
 
@@ -153,8 +157,11 @@ class TrainingState:
 
     def _all_settings(self, engine: Engine) -> dict[str, Any]:
         given = {**self.settings, **{key: value for key, value in self.config.items() if _is_plain(value)}}
+        # What a config names below its top level, as "train::average", is a component.
+        given = {key: value for key, value in given.items() if "::" not in key}
         settings = {
-            **{key: _content(value) for key, value in given.items() if not _may_change(key)},
+            **{key: self._content(value) for key, value in given.items() if not may_change(key)},
+            **{key: self._content(value) for key, value in nested_overrides().items()},
             "learning_rate": self.schedule.learning_rate,
             "content of images": _content_of_images(engine.data_loader.dataset),
             "number of images": len(engine.data_loader.dataset),
@@ -162,6 +169,13 @@ class TrainingState:
         # As they will be read again.
         plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         return plain
+
+    def _content(self, value: Any) -> Any:
+        # The weights that this training started from may be those that it has replaced since.
+        is_own = (
+            isinstance(value, str) and value and Path(value).absolute().parent == self.path.absolute().parent
+        )
+        return Path(value).name if is_own else content_of(value)
 
     def _parts(self, engine: Engine) -> dict[str, Any]:
         """Everything that changes while training, by name."""
@@ -213,12 +227,7 @@ class TrainingState:
             ) from None
         if not isinstance(found, dict) or set(found) != _CONTENT:
             raise WeightsError(f"{name}: not the state of a training; start from --initial_weights")
-        then, now = found["settings"], self.settings
-        changed = [
-            f"{key} {reprlib.repr(then.get(key))}, not {reprlib.repr(now.get(key))}"
-            for key in sorted({*then, *now})
-            if then.get(key) != now.get(key)
-        ]
+        changed = differences(found["settings"], self.settings)
         if changed:
             raise SettingError(f"{name}: was made with {'; '.join(changed)}; {_ADVICE}")
         if _shapes(found["parts"]["average"]) != _shapes(self.average.ema_model.state_dict()):
@@ -285,11 +294,6 @@ class _RemainingBatches(BatchSampler):
         return len(self.batches) - self.done
 
 
-def _may_change(key: str) -> bool:
-    # What a config names below its top level, as "train::average", is a component.
-    return key in _MAY_CHANGE or key.endswith(("_dir", "_root")) or "::" in key
-
-
 def _is_plain(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
@@ -298,10 +302,39 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, (bool, int, float, str, type(None)))
 
 
-def _content(value: Any) -> Any:
-    """A setting with what a file holds in place of its name: a copy elsewhere is the same, another file is not."""
+def may_change(key: str) -> bool:
+    """Whether a setting changes only how fast a training runs, how long, or where its files lie.
+
+    Example:
+        >>> may_change("workers"), may_change("dataset_dir"), may_change("learning_rate")
+        (True, True, False)
+    """
+    return key in _MAY_CHANGE or key.endswith(("_dir", "_root"))
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What another run was made with, each in a few words.
+
+    Example:
+        >>> differences({"seed": 0, "width": 8}, {"seed": 1, "width": 8})
+        ['seed 0, not 1']
+    """
+    return [
+        f"{key} {reprlib.repr(then.get(key))}, not {reprlib.repr(now.get(key))}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+
+
+def content_of(value: Any) -> Any:
+    """A setting with what a file holds in place of its name: a copy elsewhere is the same, another file is not.
+
+    Example:
+        >>> content_of({"seed": 0, "weights": "none.pt"})
+        {'seed': 0, 'weights': 'none.pt'}
+    """
     if isinstance(value, Mapping):
-        return {key: _content(one) for key, one in value.items()}
+        return {key: content_of(one) for key, one in value.items()}
     if isinstance(value, str) and value and Path(value).is_file():
         return f"SHA-256 {hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]}"
     return value

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 
 import medsr
-from medsr import catalog
+from medsr.overrides import asked, nested_overrides
 
 __all__ = ["RunConditions"]
 
@@ -26,8 +24,9 @@ class RunConditions:
     File names appear, folders do not: a path may name a patient.
 
     Args:
-        settings: the settings of the run that shape the result; of a file that one names the SHA-256 is recorded.
-        config_files: configs whose SHA-256 is recorded; on MONAI's command line so are those that it names.
+        settings: the settings of the run that shape the result; of a file that one names the SHA-256 is recorded. What
+            was asked for inside components, such as ``inferer::tile``, is added.
+        config_files: configs whose SHA-256 is recorded, beside those that were asked for.
         weights: weight file whose SHA-256 is recorded, or several by the name under which that is done.
 
     Attributes:
@@ -48,15 +47,15 @@ class RunConditions:
         weights: str | Path | Mapping[str, str | Path] | None = None,
     ) -> None:
         self.device = "cpu"
-        self.settings = {k: Path(v).name if isinstance(v, str) else v for k, v in (settings or {}).items()}
+        given = {**(settings or {}), **nested_overrides()}
+        self.settings = {key: _without_folder(value) for key, value in given.items()}
         by_name = (
-            weights if isinstance(weights, Mapping) else {Path(weights).name: weights} if weights else {}
+            weights if isinstance(weights, Mapping) else {Path(one).name: one for one in [weights] if one}
         )
-        configs = [*config_files, *catalog.overrides_in(sys.argv)[0]]
-        given = [v for v in (settings or {}).values() if isinstance(v, str) and Path(v).suffix]
-        given = list(filter(os.path.isfile, given))
-        self.named = {Path(file).name for file in given}
-        files = {**{Path(p).name: p for p in (*configs, *given)}, **by_name}
+        texts = [Path(value) for value in given.values() if isinstance(value, str)]
+        named = [file for file in texts if file.suffix and file.is_file()]
+        self.named = {file.name for file in named}
+        files = {**{Path(p).name: p for p in (*config_files, *asked()[0], *named)}, **by_name}
         self.hashes = {name: _sha256(path) for name, path in files.items()}
 
     def as_plain(self) -> dict[str, Any]:
@@ -74,6 +73,11 @@ class RunConditions:
         }
         plain: dict[str, Any] = json.loads(json.dumps(conditions))
         return plain
+
+
+def _without_folder(value: Any) -> Any:
+    is_path = isinstance(value, str) and not value.startswith("$")
+    return Path(value).name if is_path else value
 
 
 def _sha256(path: str | Path) -> str | None:

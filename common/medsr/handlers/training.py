@@ -248,6 +248,7 @@ class RunRecord:
         self._values: dict[str, list[float]] = {}
         self._clock = _Clock()
         self._commit = "unknown"
+        self._precision = "float32"
         self._is_under_way = False
 
     def attach(self, engine: Engine) -> None:
@@ -263,12 +264,19 @@ class RunRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """What is recorded so far."""
-        return {"history": self.history, "values": self._values, "seconds": self._clock.seconds}
+        return {
+            "history": self.history,
+            "values": self._values,
+            "seconds": self._clock.seconds,
+            "precision": self._precision,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what was recorded before an interruption."""
         self.history, self._values = list(state["history"]), dict(state["values"])
         self._clock.before = state["seconds"]
+        # States of earlier releases do not tell.
+        self._precision = str(state.get("precision", self._precision))
 
     def __call__(self, engine: Engine) -> None:
         """Write the record now."""
@@ -290,7 +298,7 @@ class RunRecord:
                 "iterations": iterations,
                 "minutes": round(minutes, 1),
                 "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}",
-                "precision": _precision(engine),
+                "precision": self._precision,
                 "versions": {"medsr": medsr.__version__, "torch": torch.__version__},
                 "history": self.history,
             },
@@ -314,6 +322,7 @@ class RunRecord:
 
     def _collect(self, engine: Engine) -> None:
         self._is_under_way = False
+        self._precision = _precision(engine)
         # MONAI's trainers take the output of a batch apart.
         output = engine.state.output[0] if isinstance(engine.state.output, list) else engine.state.output
         terms = getattr(self.loss, "last_terms", None) or {"loss": float(output["loss"])}

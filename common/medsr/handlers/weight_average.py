@@ -6,6 +6,9 @@ from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
 from ignite.handlers import EMAHandler
 from torch import nn
 
+from medsr.errors import SettingError
+from medsr.settings import as_number
+
 __all__ = ["WeightAverage"]
 
 
@@ -25,6 +28,9 @@ class WeightAverage(EMAHandler):
         momentum: smallest share of the current weights in the average, larger than 0 and below 1.
         handle_buffers: as in :class:`ignite.handlers.EMAHandler`; ``"update"`` averages batch-norm statistics, too.
 
+    Raises:
+        SettingError: for a momentum out of range.
+
     Example:
         >>> average = WeightAverage(nn.Linear(1, 1), momentum=0.002)
         >>> [round(average.momentum_at(iteration), 3) for iteration in (1, 100, 1000, 10000)]
@@ -36,6 +42,8 @@ class WeightAverage(EMAHandler):
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.002, *, handle_buffers: str = "copy") -> None:
+        if not 0 < as_number("average_momentum", momentum) < 1:
+            raise SettingError(f"average_momentum must be in (0, 1), got {momentum!r}")
         super().__init__(model, momentum, handle_buffers=handle_buffers)
 
     def attach(

@@ -13,10 +13,27 @@ from torch import Tensor
 
 from medsr.errors import WeightsError
 
-__all__ = ["as_grey", "at_scale", "load_checkpoint", "rename_tensors"]
+__all__ = ["as_grey", "at_scale", "load_checkpoint", "read_state", "rename_tensors"]
 
 _HOLDERS = ("params_ema", "params", "state_dict", "model")
 """Keys under which training code keeps the state dict, the average of the weights first."""
+
+
+def read_state(file: str | Path) -> dict[str, Tensor]:
+    """The plain state dict that a file of ours holds: tensors by name, and nothing else.
+
+    Raises:
+        WeightsError: if the file is missing, cannot be read safely or holds anything else.
+
+    Example:
+        >>> read_state("none.pt")
+        Traceback (most recent call last):
+        medsr.errors.WeightsError: none.pt: no such weight file; give the path of one
+    """
+    found = _read(Path(file))
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise WeightsError(f"{Path(file).name}: not a plain state dict; save network.state_dict()")
+    return {str(name): value for name, value in found.items()}
 
 
 def load_checkpoint(file: Path, *, kind: str) -> dict[str, Tensor]:
@@ -34,12 +51,7 @@ def load_checkpoint(file: Path, *, kind: str) -> dict[str, Tensor]:
         Traceback (most recent call last):
         medsr.errors.WeightsError: none.pth: no such weight file; give the path of one
     """
-    if not file.is_file():
-        raise WeightsError(f"{file.name}: no such weight file; give the path of one")
-    try:
-        found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(f"{file.name}: cannot be read as plain weights ({type(error).__name__})") from None
+    found = _read(file)
     for key in _HOLDERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -49,6 +61,17 @@ def load_checkpoint(file: Path, *, kind: str) -> dict[str, Tensor]:
     if strange:
         raise WeightsError(f"{file.name}: '{strange[0]}' is no tensor: not {kind}")
     return {str(name).removeprefix("module."): value for name, value in found.items()}
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        raise WeightsError(f"{file.name}: no such weight file; give the path of one")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{file.name}: cannot be read ({error.strerror})") from None
+    except Exception as error:
+        raise WeightsError(f"{file.name}: damaged or not plain weights ({type(error).__name__})") from None
 
 
 def as_grey(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -442,20 +442,18 @@ def test_a_damaged_weight_file(tmp_path, capsys, content):
     save_weights(network().state_dict(), path)
     path.write_bytes(path.read_bytes()[:-300] if content is None else content)
     (tmp_path / "SHA256SUMS").unlink()
-    assert "model.pt: damaged or not a plain state dict" in refused(capsys, path)
+    assert "model.pt: damaged or not plain weights" in refused(capsys, path)
 
 
 def test_a_whole_pickled_network_is_not_loaded(tmp_path, capsys):
     torch.save(network(), tmp_path / "model.pt")
-    assert "damaged or not a plain state dict" in refused(capsys, tmp_path / "model.pt")
+    assert "damaged or not plain weights" in refused(capsys, tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(
     "content",
     [
         {},
-        [1],
-        {"model": {"weight": torch.zeros(3, 2)}},
         {"weight": torch.zeros(3, 2)},
         {"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "more": torch.zeros(1)},
     ],
@@ -463,6 +461,12 @@ def test_a_whole_pickled_network_is_not_loaded(tmp_path, capsys):
 def test_weights_of_another_network(tmp_path, capsys, content):
     torch.save(content, tmp_path / "model.pt")
     assert "model.pt: made for another network" in refused(capsys, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [[1], {"model": {"weight": torch.zeros(3, 2)}}])
+def test_what_is_no_state_dict(tmp_path, capsys, content):
+    torch.save(content, tmp_path / "model.pt")
+    assert "model.pt: not a plain state dict" in refused(capsys, tmp_path / "model.pt")
 
 
 def test_weights_of_another_width_name_the_tensor(weights, capsys):

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import socket
+import subprocess
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -319,7 +323,7 @@ def test_a_grey_network_starts_as_the_mean_of_a_colour_one(build, tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (None, "cannot be read"),
+        (None, "no such weight file; give the path of one"),
         (b"not weights", "damaged or not plain weights"),
         ({"more": torch.zeros(1)}, "unknown tensor 'more'; made for another network"),
         ({"trunk.weight": torch.zeros(2, 2)}, "'trunk.weight' has another shape"),
@@ -385,3 +389,27 @@ def test_a_config_gives_what_it_was_made_into(tmp_path):
     found = ConfigParser(config).get_parsed_content("part")["config"]
     assert (found["zoom"], found["double"]) == ([0.5, 2], 4)
     assert "unused" not in found
+
+
+def test_an_error_is_told_in_one_line_by_several_processes_too():
+    """PyTorch's hook for a process group would keep the line for itself."""
+    code = (
+        "import sys, torch.distributed as group\n"
+        "from medsr.engines import runner, training\n"
+        "from medsr.errors import DataError\n"
+        "sys.excepthook = runner._in_one_line\n"
+        "training.start_process_group()\n"
+        "assert group.is_initialized()\n"
+        "raise DataError('nope: no such file or folder')\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **alone}, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "medsr: error: nope: no such file or folder",
+    )

@@ -16,6 +16,7 @@ from medsr.errors import MedsrError, OutputError, SettingError, WeightsError
 from medsr.handlers.resume import TrainingState
 from medsr.handlers.training import BudgetSchedule, GradientGuard, RunRecord, WeightSaver
 from medsr.handlers.weight_average import WeightAverage
+from medsr.overrides import asking
 from monai.data import CacheDataset, DataLoader
 from monai.engines import SupervisedTrainer
 from monai.inferers import SimpleInferer
@@ -265,6 +266,16 @@ def test_the_record_goes_on(tmp_path):
     assert histories[0] == histories[1]
 
 
+def test_the_precision_of_what_was_done_stays_in_the_record(tmp_path):
+    trial = Trial(tmp_path, stop=TOTAL)
+    trial.trainer.inferer.used_precision = "bfloat16"
+    with pytest.raises(RuntimeError, match="stop"):
+        trial.run()
+    # No iteration is left that could tell.
+    Trial(tmp_path, resume=True).run()
+    assert json.loads((tmp_path / "train_record.json").read_text())["precision"] == "bfloat16"
+
+
 def test_spent_minutes_count(tmp_path, monkeypatch):
     now = [0.0]
     # Of that module alone: others wait by the clock.
@@ -410,6 +421,22 @@ def test_weights_are_known_by_their_content(tmp_path):
         run, config={"initial_weights": str(files[2])}
     )
     Trial(run, resume=True, config={"initial_weights": str(files[1])}).run()
+
+
+def test_weights_of_the_own_folder_may_have_been_replaced_since(tmp_path):
+    Trial(tmp_path).run()
+    config = {"initial_weights": str(tmp_path / "model.pt")}
+    before = (tmp_path / "model.pt").read_bytes()
+    interrupted(tmp_path, config=config)
+    assert (tmp_path / "model.pt").read_bytes() != before
+    Trial(tmp_path, resume=True, config=config).run()
+
+
+def test_what_was_set_inside_components_must_be_the_same(tmp_path):
+    with asking(["train.json"], {"optimizer::weight_decay": 0.1}):
+        interrupted(tmp_path)
+        Trial(tmp_path, resume=True)
+    assert "optimizer::weight_decay 0.1, not None" in refusal(tmp_path)
 
 
 def change(folder: Path, part: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from medsr.errors import SettingError
 from medsr.handlers.weight_average import WeightAverage
 from torch import nn
 
@@ -66,3 +67,9 @@ def test_the_network_itself_is_not_touched():
     engine.run(range(3))
     torch.testing.assert_close(network.weight, before, rtol=0, atol=0)
     assert average.ema_model is not network
+
+
+@pytest.mark.parametrize("momentum", [0, 1, 2, -0.1, "half"])
+def test_a_momentum_out_of_range_is_named(momentum):
+    with pytest.raises(SettingError, match="average_momentum"):
+        WeightAverage(nn.Linear(1, 1), momentum)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from medsr.errors import WeightsError
-from medsr.networks.checkpoints import load_checkpoint, rename_tensors
+from medsr.networks.checkpoints import load_checkpoint, read_state, rename_tensors
 
 WEIGHT, BIAS = torch.ones(2, 3), torch.zeros(2)
 NAMES = {"w": "conv.weight", "b": "conv.bias"}
@@ -48,3 +48,14 @@ def test_tensors_take_our_names_and_types(tmp_path):
     )
     assert list(found) == list(TARGETS)
     assert found["conv.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "content", [3, None, [torch.zeros(1)], {"weight": 3}, {"model": {"weight": torch.zeros(1)}}]
+)
+def test_a_file_of_ours_holds_tensors_by_name_and_nothing_else(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match=r"^a\.pt: not a plain state dict"):
+        read_state(tmp_path / "a.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "a.pt")
+    assert read_state(tmp_path / "a.pt")["weight"].tolist() == [1, 1]
