@@ -188,7 +188,10 @@ def test_folds_go_on_where_they_stopped(medsr, frames, tmp_path):
 
     status, (line,) = medsr(frames, out=out, config=config, settings=(*settings, "seed=1"))
     assert status != 0
-    assert "holds a cross-validation with other settings" in line
+    assert "holds a cross-validation with training::seed 0, not 1" in line
+    status, (line,) = medsr(frames, out=out, config=config, settings=(*settings, "optimizer::weight_decay=1"))
+    assert status != 0
+    assert "optimizer::weight_decay would not reach the folds" in line
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,22 @@ from monai.utils import ensure_tuple
 from medsr.engines.frame_comparison import frame_table
 from medsr.engines.runner import one_line_errors
 from medsr.errors import DataError, SettingError
+from medsr.handlers.resume import STATE_FILE, content_of, differences, may_change
 from medsr.io.cases import input_digest
 from medsr.io.masks import find_labelled_frames, frames_of_groups, group_of, read_mask
 from medsr.io.writing import probe_folder, write_json
 from medsr.metrics.frames import over_folds, summary
+from medsr.overrides import asked, nested_overrides
 from medsr.settings import as_whole
 
-__all__ = ["CrossValidation", "frame_items", "group_folds", "group_weights", "refuse_unlabelled"]
+__all__ = [
+    "CrossValidation",
+    "frame_items",
+    "group_folds",
+    "group_weights",
+    "overlays_of_run",
+    "refuse_unlabelled",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -179,8 +188,9 @@ class CrossValidation:
 
     The work is done by configs of a bundle, in this process, one after the other. A fold lies in ``fold<n>/training``
     and ``fold<n>/scores``, which have these names only once they are complete: what was done is not done again, so
-    that a run that was stopped goes on, with the same settings, frames and masks. ``cross_validation.json`` holds the
-    scores of every fold, over all frames of all folds, and mean and standard deviation over the folds.
+    that a run that was stopped goes on, within a training, too, with the same settings, frames and masks.
+    ``cross_validation.json`` holds the scores of every fold, over all frames of all folds, and mean and standard
+    deviation over the folds.
 
     ``monai.apps.CrossValidation`` was considered: it makes folds of items, not of groups, and leaves training,
     scoring and going on to the caller.
@@ -232,16 +242,11 @@ class CrossValidation:
             fold = self.output / f"fold{number}"
             _log.info("fold %d of %d: without %s", number + 1, len(self.folds), ", ".join(groups))
             left_out = [*self.train_settings.get("leave_out", ()), *groups]
-            trained = self._step(
-                fold / "training", self.train, {**self.train_settings, "leave_out": left_out}
-            )
-            weights = str(trained / "model.pt")
-            scored = self._step(
-                fold / "scores",
-                self.evaluate,
-                {**self.evaluate_settings, "groups": groups, "weights": weights},
-            )
-            rows_of_folds.append(json.loads((scored / SCORES).read_text(encoding="utf-8"))["rows"])
+            settings = {**self.train_settings, "leave_out": left_out}
+            weights = self._step(fold / "training", "model.pt", self.train, settings)
+            settings = {**self.evaluate_settings, "groups": groups, "weights": str(weights)}
+            scores = self._step(fold / "scores", SCORES, self.evaluate, settings)
+            rows_of_folds.append(_read(scores)["rows"])
         rows = [row for found in rows_of_folds for row in found]
         summaries = [summary(found) for found in rows_of_folds]
         result = {
@@ -257,12 +262,22 @@ class CrossValidation:
 
     def _refuse_other_run(self) -> None:
         """Folds of other settings, frames or masks must not be averaged with these."""
+        settings = {
+            f"{step}::{key}": value
+            for step, given in (("training", self.train_settings), ("scoring", self.evaluate_settings))
+            for key, value in given.items()
+            # Folds of unequal length are no average, even if each may go on.
+            if not may_change(key) or key in ("iterations", "minutes")
+        }
         own = json.loads(
             json.dumps(
                 {
-                    "folds": self.folds,
-                    "train": [self.train, self.train_settings],
-                    "evaluate": [self.evaluate, self.evaluate_settings],
+                    "settings": {
+                        "folds": self.folds,
+                        "configs of the training": self.train,
+                        "configs of the scoring": self.evaluate,
+                        **content_of(settings),
+                    },
                     # A list: two folders may hold frames of one name.
                     "frames": [[case["case"], input_digest(case)] for case in self.cases],
                 },
@@ -270,10 +285,11 @@ class CrossValidation:
             )
         )
         path = probe_folder(self.output) / "settings.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else own
-        if {**found, "frames": None} != {**own, "frames": None}:
+        found = _read(path) if path.exists() else own
+        changed = differences(found.get("settings", {}), own["settings"])
+        if changed:
             raise SettingError(
-                f"{self.output.name}: holds a cross-validation with other settings; choose another output_dir"
+                f"{self.output.name}: holds a cross-validation with {'; '.join(changed[:3])}; choose another output_dir"
             )
         if found.get("frames") != own["frames"]:
             then = found.get("frames", [])
@@ -286,23 +302,69 @@ class CrossValidation:
             )
         write_json(path, own)
 
-    def _step(self, done: Path, files: Sequence[str], settings: Mapping[str, Any]) -> Path:
-        """Run configs into a folder that has its name once it is complete, unless it is there."""
-        if done.exists():
-            return done
-        part = done.with_name(f"{done.name}.part")
-        if part.exists():
+    def _step(self, folder: Path, result: str, files: Sequence[str], settings: Mapping[str, Any]) -> Path:
+        """Run configs into a folder that has its name once it is complete, unless it is there; return the result."""
+        if (folder / result).is_file():
+            return folder / result
+        part = folder.with_name(f"{folder.name}.part")
+        if folder.exists():
+            # It has lost its result.
+            shutil.rmtree(folder)
+        under_way = {"resume": True} if (part / STATE_FILE).is_file() else {}
+        if part.exists() and not under_way:
             shutil.rmtree(part)
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
         workflow = ConfigWorkflow(
             [str(self.configs / file) for file in files],
             logging_file=False,
             workflow_type=None,
-            **settings,
+            **{**settings, **under_way},
             output_dir=str(part),
         )
         workflow.initialize()
         workflow.run()
         workflow.finalize()
-        part.rename(done)
-        return done
+        part.rename(folder)
+        return folder / result
+
+
+@one_line_errors
+def overlays_of_run(named: Sequence[str], configs: str | Path) -> list[str]:
+    """Overlays of the trainings and scorings of a cross-validation: those named, and those that lie below it.
+
+    The folds are runs of their own. An overlay that the cross-validation itself was given with, or a setting inside a
+    component, would not reach them.
+
+    Args:
+        named: overlays by name.
+        configs: folder of the configs.
+
+    Raises:
+        SettingError: for a setting inside a component.
+
+    Example:
+        >>> overlays_of_run(["parts.json"], "configs")
+        ['parts.json']
+    """
+    files, _ = asked()
+    inside = Path(configs).resolve()
+    # The first is the training, the last the cross-validation.
+    given = [file.name if file.resolve().parent == inside else str(file.resolve()) for file in files[1:-1]]
+    lost = [key for key in nested_overrides() if not key.startswith("cross_validation::")]
+    if lost:
+        raise SettingError(
+            f"{lost[0]} would not reach the folds; put it into an overlay of your own, and name that"
+        )
+    return [*given, *(name for name in named if name not in given)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{path.name} in {path.parent.name}: damaged; remove it, or choose another output_dir"
+        )
+    return found

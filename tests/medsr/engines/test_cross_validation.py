@@ -5,8 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from medsr.engines.cross_validation import CrossValidation, frame_items, group_folds, refuse_unlabelled
-from medsr.errors import SettingError
+from medsr.engines.cross_validation import (
+    CrossValidation,
+    frame_items,
+    group_folds,
+    overlays_of_run,
+    refuse_unlabelled,
+)
+from medsr.errors import DataError, SettingError
+from medsr.handlers.resume import STATE_FILE
+from medsr.overrides import asking
 from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")
@@ -122,7 +130,11 @@ def configs(tmp_path: Path) -> Path:
         "leave_out": [],
         "output_dir": "",
         "speed": 1,
-        "run": ["$write_json(@output_dir + '/model.pt', {'leave_out': @leave_out, 'speed': @speed})"],
+        "start": "",
+        "resume": False,
+        "run": [
+            "$write_json(@output_dir + '/model.pt', dict(leave_out=@leave_out, speed=@speed, resume=@resume))"
+        ],
     }
     scores = "frame_scores(np.array([[0, 1]]), np.array([[0, int(group == 'a')]]), ['background', 'tool'])"
     rows = f"[dict(case=group, group=group, network='n', input='sharp', **{scores}) for group in @groups]"
@@ -156,7 +168,7 @@ def test_every_fold_is_trained_without_its_groups_and_scored_on_them(configs, tm
     assert json.loads((out / "cross_validation.json").read_text()) == result
     for number, groups in enumerate((["a"], ["b", "c"])):
         model = out / f"fold{number}" / "training" / "model.pt"
-        assert json.loads(model.read_text()) == {"leave_out": ["d", *groups], "speed": 3}
+        assert json.loads(model.read_text()) == {"leave_out": ["d", *groups], "speed": 3, "resume": False}
         scores = json.loads((out / f"fold{number}" / "scores" / "frames.json").read_text())
         assert scores["weights"] == str(model)
         assert result["folds"][number]["groups"] == groups
@@ -174,8 +186,59 @@ def test_what_is_done_is_not_done_again(configs, tmp_path):
     (out / "fold1" / "scores.part" / "left_over").touch()
     assert validation(configs, out).run() == first
     assert not (out / "fold1" / "scores" / "left_over").exists()
-    with pytest.raises(SettingError, match="with other settings; choose another output_dir"):
+    with pytest.raises(SettingError, match="with training::speed 3, not 4; choose another output_dir"):
         validation(configs, out, speed=4).run()
+
+
+def test_a_training_that_was_interrupted_goes_on(configs, tmp_path):
+    out = tmp_path / "out"
+    (out / "fold1" / "training.part").mkdir(parents=True)
+    (out / "fold1" / "training.part" / STATE_FILE).touch()
+    validation(configs, out).run()
+    models = [json.loads((out / f"fold{n}" / "training" / "model.pt").read_text()) for n in (0, 1)]
+    assert [model["resume"] for model in models] == [False, True]
+
+
+@pytest.mark.parametrize("lost", ["fold0/scores/frames.json", "fold1/training/model.pt"])
+def test_a_step_that_lost_its_result_is_done_again(configs, tmp_path, lost):
+    out = tmp_path / "out"
+    first = validation(configs, out).run()
+    (out / lost).unlink()
+    assert validation(configs, out).run() == first
+    assert (out / lost).is_file()
+
+
+@pytest.mark.parametrize("damaged", ["settings.json", "fold0/scores/frames.json"])
+def test_what_cannot_be_read_is_named(configs, tmp_path, damaged):
+    out = tmp_path / "out"
+    validation(configs, out).run()
+    (out / damaged).write_text('{"rows": [')
+    with pytest.raises(DataError, match=rf"^{Path(damaged).name} in \w+: damaged; remove it"):
+        validation(configs, out).run()
+
+
+def test_folds_of_other_weights_are_not_averaged(configs, tmp_path):
+    out, start = tmp_path / "out", tmp_path / "start.pt"
+    start.write_bytes(b"one")
+    first = validation(configs, out, start=str(start)).run()
+    start.rename(tmp_path / "moved.pt")
+    assert validation(configs, out, start=str(tmp_path / "moved.pt")).run() == first
+    start.write_bytes(b"two")
+    with pytest.raises(SettingError, match=r"with training::start 'SHA-256 \w+', not 'SHA-256"):
+        validation(configs, out, start=str(start)).run()
+
+
+def test_overlays_below_a_cross_validation_reach_its_folds(tmp_path):
+    inside, own = tmp_path / "configs" / "unet.json", tmp_path / "mine.json"
+    first, last = (tmp_path / "configs" / name for name in ("train.json", "cross_validate.json"))
+    with asking([first, inside, own, last], {"seed": 1, "cross_validation::folds": 3}):
+        assert overlays_of_run(["parts.json", "unet.json"], inside.parent) == [
+            "unet.json",
+            str(own.resolve()),
+            "parts.json",
+        ]
+    with asking([first, last], {"optimizer::weight_decay": 0.9}), pytest.raises(SystemExit):
+        overlays_of_run([], inside.parent)
 
 
 def test_other_masks_of_the_same_names_are_refused(configs, tmp_path):
