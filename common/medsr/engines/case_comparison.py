@@ -1,8 +1,9 @@
-"""The frame of a comparison: case by case, with a table that is complete for every case that is done."""
+"""The frame of a comparison: case by case, and what is done is kept, also by a run that is stopped."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -21,6 +22,9 @@ from medsr.transforms.thick_slices import ThickSliceParameters
 __all__ = ["CaseComparison", "thick_parameters", "total_of"]
 
 _log = logging.getLogger(__name__)
+
+_WRITE_SECONDS = 5.0
+"""Between two writings of the results: so much a killed run may lose."""
 
 
 class CaseComparison:
@@ -46,6 +50,7 @@ class CaseComparison:
         self.rows: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
         self.notes: dict[str, str] = {}
+        self._made_by: dict[str, Any] = {}
 
     def run(self, conditions: RunConditions | None = None) -> list[dict[str, Any]]:
         """Compare, log and write the table; return its rows.
@@ -54,23 +59,22 @@ class CaseComparison:
             conditions: what the rows are made by, to stand beside them as ``run``.
         """
         self.rows, self.left_out, self.notes = [], {}, {}
-        made_by: dict[str, Any] = {}
+        self._made_by = {}
         if conditions is not None:
             conditions.device = str(getattr(self, "device", conditions.device))
-            made_by = {"run": conditions.as_plain()}
+            self._made_by = {"run": conditions.as_plain()}
         if self.output:
             _keep_earlier(Path(self.output))
-        for case in self.cases:
-            try:
-                if "error" in case:
-                    raise DataError(case["error"])
-                self.rows += self._compare(case)
-            except Exception as error:
-                self.left_out[case["case"]] = one_line(error)
-                _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
-            if self.output:
-                found = {"rows": self.rows, "left_out": self.left_out, "notes": self.notes}
-                write_json(self.output, {**self.header, **made_by, **found})
+        written = time.monotonic()
+        try:
+            for case in self.cases:
+                self._add(case)
+                # All rows anew after each of thousands of frames would take longer than the frames.
+                if time.monotonic() - written > _WRITE_SECONDS:
+                    self._write()
+                    written = time.monotonic()
+        finally:
+            self._write()
         if self.rows:
             _log.info("\n%s", self._table())
         return self.rows
@@ -94,6 +98,20 @@ class CaseComparison:
                 case,
                 f"its own slices are {ratio:g} times as far apart as its pixels: the truth is no finer than that",
             )
+
+    def _add(self, case: Mapping[str, str]) -> None:
+        try:
+            if "error" in case:
+                raise DataError(case["error"])
+            self.rows += self._compare(case)
+        except Exception as error:
+            self.left_out[case["case"]] = one_line(error)
+            _log.error("%s: left out: %s", case["case"], self.left_out[case["case"]])
+
+    def _write(self) -> None:
+        if self.output and (self.rows or self.left_out):
+            found = {"rows": self.rows, "left_out": self.left_out, "notes": self.notes}
+            write_json(self.output, {**self.header, **self._made_by, **found})
 
     def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
         """Rows of one case."""

@@ -17,6 +17,7 @@ from medsr.engines.case_comparison import CaseComparison, total_of
 from medsr.errors import SettingError
 from medsr.inferers.image_superres import ImageSuperResInferer
 from medsr.io.images import read_image
+from medsr.io.masks import group_of
 from medsr.metrics.image import ImageProtocol, mean_score, psnr
 from medsr.settings import as_whole
 from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
@@ -107,7 +108,7 @@ class ImageComparison(CaseComparison):
                 rows.append(
                     {
                         "case": case["case"],
-                        "group": case["case"].partition("-")[0],
+                        "group": group_of(case["case"]),
                         "method": method,
                         "scale": self.scale,
                         "enlarged_to": self.enlarge_to,

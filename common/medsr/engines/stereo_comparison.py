@@ -14,6 +14,7 @@ from medsr.engines.image_comparison import DEGRADATION, finite, image_table, ref
 from medsr.errors import DataError, SettingError
 from medsr.inferers.stereo_superres import StereoSuperResInferer
 from medsr.io.loading import LoadImageFiled
+from medsr.io.masks import group_of
 from medsr.metrics.image import SSIM_TAPS, ImageProtocol, psnr
 from medsr.metrics.stereo import disparity_error, row_disparity
 from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
@@ -109,7 +110,7 @@ class StereoComparison(CaseComparison):
         for method, result in results.items():
             common = {
                 "case": case["case"],
-                "group": case["case"].partition("-")[0],
+                "group": group_of(case["case"]),
                 "method": method,
                 "scale": self.scale,
                 "data_consistency_db": finite(psnr(BicubicDownsample(self.scale)(result), low)),

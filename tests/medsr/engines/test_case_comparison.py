@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from medsr.engines import case_comparison
 from medsr.engines.case_comparison import CaseComparison
 from medsr.errors import DataError
 from medsr.handlers.run_conditions import RunConditions
@@ -67,6 +68,24 @@ def test_the_rows_of_earlier_runs_are_kept_beside(tmp_path, caplog):
     ]
     assert found == ["one", "three", "seven"]
     assert "rows.json of an earlier comparison is kept as rows_earlier_2.json" in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_a_run_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch, seconds):
+    monkeypatch.setattr(case_comparison, "_WRITE_SECONDS", seconds)
+    written = []
+
+    class Stopped(Lengths):
+        def _compare(self, case: Mapping[str, str]) -> list[dict[str, Any]]:
+            if case["case"] == "stop":
+                written.append((tmp_path / "rows.json").exists())
+                raise KeyboardInterrupt
+            return super()._compare(case)
+
+    with pytest.raises(KeyboardInterrupt):
+        Stopped([{"case": name} for name in ("one", "stop", "never")], tmp_path / "rows.json").run()
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == [{"case": "one", "length": 3}]
+    assert written == [not seconds]
 
 
 def test_what_the_rows_were_made_by_stands_beside_them(tmp_path):
