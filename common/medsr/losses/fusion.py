@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
 from medsr.losses.adversarial import RelativisticLoss
 from medsr.losses.feature import FeatureLoss
+from medsr.losses.terms import TermLoss, refuse_other_shape
 
 __all__ = ["FusionLoss"]
 
 
-class FusionLoss(nn.Module):
+class FusionLoss(TermLoss):
     """Feature loss + L1 + 0.005 relativistic adversarial loss + 0.5 mean squared error, with settable weights.
 
     L1 and the squared error hold the image to the truth, and the discriminator adds 0.005 for what a pixel-wise
@@ -74,7 +74,6 @@ class FusionLoss(nn.Module):
             feature = FeatureLoss()
         self.feature = feature if feature_weight else None
         self.adversarial = RelativisticLoss() if adversarial is None else adversarial
-        self.last_terms: dict[str, float] = {}
 
     def forward(
         self,
@@ -96,11 +95,11 @@ class FusionLoss(nn.Module):
             terms["adversarial"] = self.adversarial_weight * self.adversarial.generator(
                 real_logits, fake_logits
             )
-        return self._sum(terms)
+        return self.summed(terms)
 
     def pixel(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the sum of the pixel terms alone, with their weights."""
-        return self._sum(self._pixel_terms(pred, target))
+        return self.summed(self._pixel_terms(pred, target))
 
     def describe(self) -> dict[str, Any]:
         """Return what a record of the run should hold: the weights, the adversarial form and the feature network."""
@@ -114,11 +113,7 @@ class FusionLoss(nn.Module):
         }
 
     def _pixel_terms(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
-        if pred.shape != target.shape:
-            raise SettingError(
-                f"output and truth must have one shape, got {tuple(pred.shape)} and {tuple(target.shape)}; "
-                "check the scale of the network"
-            )
+        refuse_other_shape(pred, target)
         pred, target = pred.float(), target.float()
         terms = {}
         if self.l1_weight:
@@ -126,8 +121,3 @@ class FusionLoss(nn.Module):
         if self.mse_weight:
             terms["mse"] = self.mse_weight * F.mse_loss(pred, target)
         return terms
-
-    def _sum(self, terms: dict[str, Tensor]) -> Tensor:
-        values = torch.stack(list(terms.values()))
-        self.last_terms = dict(zip(terms, values.detach().tolist(), strict=True))
-        return values.sum()

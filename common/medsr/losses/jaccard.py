@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from medsr.errors import DataError, SettingError
+from medsr.losses.terms import TermLoss
 
 __all__ = ["ClassJaccardLoss"]
 
 
-class ClassJaccardLoss(nn.Module):
+class ClassJaccardLoss(TermLoss):
     """Cross-entropy and negative logarithm of the mean soft Jaccard index, ``(1 - a) H - a log J``.
 
     The index is that of whole classes over the whole batch, where cross-entropy counts pixels: a thin instrument
@@ -64,7 +65,6 @@ class ClassJaccardLoss(nn.Module):
         if not smooth > 0:
             raise SettingError(f"smooth must be more than 0, got {smooth:g}; the logarithm needs it")
         self.jaccard_weight, self.ignore, self.smooth = float(jaccard_weight), int(ignore), float(smooth)
-        self.last_terms: dict[str, float] = {}
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the sum of both terms."""
@@ -74,9 +74,7 @@ class ClassJaccardLoss(nn.Module):
             terms["cross_entropy"] = (1 - self.jaccard_weight) * _cross_entropy(logits, index, judged)
         if self.jaccard_weight:
             terms["jaccard"] = self.jaccard_weight * self._jaccard(logits, index, judged)
-        values = torch.stack(list(terms.values()))
-        self.last_terms = dict(zip(terms, values.detach().tolist(), strict=True))
-        return values.sum()
+        return self.summed(terms)
 
     def describe(self) -> dict[str, Any]:
         """Return what a record of the run should hold: the settings."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
+from medsr.losses.terms import TermLoss, refuse_other_shape
 from medsr.networks.superres_segmentation import SuperResSegmentationOutput
 
 __all__ = ["JointLoss"]
 
 
-class JointLoss(nn.Module):
+class JointLoss(TermLoss):
     """Segmentation loss of the first view, and L1 of the enlarged pair.
 
     A loss on the masks alone would let the super-resolution draw whatever the segmenter likes to see; L1 holds it to
@@ -59,23 +59,16 @@ class JointLoss(nn.Module):
             )
         self.segmentation = segmentation
         self.segmentation_weight, self.l1_weight = float(segmentation_weight), float(l1_weight)
-        self.last_terms: dict[str, float] = {}
 
     def forward(self, pred: SuperResSegmentationOutput, target: Mapping[str, Tensor]) -> Tensor:
         """Return the sum of both terms."""
         image, label = target["image"], target["label"]
-        if pred.image.shape != image.shape:
-            raise SettingError(
-                f"output and truth must have one shape, got {tuple(pred.image.shape)} and {tuple(image.shape)}; "
-                "check the scale of the network"
-            )
+        refuse_other_shape(pred.image, image)
         masks = self.segmentation_weight * self.segmentation(pred.logits, label)
         terms = {"segmentation": masks}
         if self.l1_weight:
             terms["l1"] = self.l1_weight * F.l1_loss(pred.image.float(), image.float())
-        values = torch.stack(list(terms.values()))
-        self.last_terms = dict(zip(terms, values.detach().tolist(), strict=True))
-        return values.sum()
+        return self.summed(terms)
 
     def describe(self) -> dict[str, Any]:
         """Return what a record of the run should hold: the weights, and the settings of the loss of the masks."""

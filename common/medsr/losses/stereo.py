@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
+from medsr.losses.terms import TermLoss, refuse_other_shape
 from medsr.networks.blocks import without_autocast
 from medsr.networks.parallax import StereoPrediction
 
@@ -18,7 +18,7 @@ _IMAGE = {"l1": F.l1_loss, "mse": F.mse_loss}
 """Terms that hold the views to the truth, and need no maps."""
 
 
-class StereoLoss(nn.Module):
+class StereoLoss(TermLoss):
     """L1 + 0.1 (consistency + photometric + smoothness + cycle), with settable weights, and a squared error on demand.
 
     The maps M of the parallax attention say which pixels of the other view a pixel is made of. They have no truth of
@@ -94,25 +94,18 @@ class StereoLoss(nn.Module):
         self.weights = {name: weight for name, weight in image.items() if weight}
         if not sr_only:
             self.weights |= {name: weight for name, weight in matching.items() if weight}
-        self.last_terms: dict[str, float] = {}
 
     def forward(self, pred: StereoPrediction | Tensor, target: Tensor) -> Tensor:
         """Return the sum of all terms."""
         image = pred.image if isinstance(pred, StereoPrediction) else pred
-        if image.shape != target.shape:
-            raise SettingError(
-                f"output and truth must have one shape, got {tuple(image.shape)} and {tuple(target.shape)}; "
-                "check the scale of the network"
-            )
+        refuse_other_shape(image, target)
         with without_autocast(image):
             image, target = image.float(), target.float()
             # The mean over both views is half the sum of their means.
             terms = {name: 2 * error(image, target) for name, error in _IMAGE.items() if name in self.weights}
             if len(self.weights) > len(terms):
                 terms |= self._matching(pred, (image - target).abs(), target)
-        values = torch.stack([weight * terms[name] for name, weight in self.weights.items()])
-        self.last_terms = dict(zip(self.weights, values.detach().tolist(), strict=True))
-        return values.sum()
+        return self.summed({name: weight * terms[name] for name, weight in self.weights.items()})
 
     def describe(self) -> dict[str, Any]:
         """Return what a record of the run should hold: the weights of the terms in use."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from monai.losses import DiceLoss
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from medsr.errors import DataError, SettingError
 from medsr.losses.distillation import PairwiseAffinityLoss, SpatialCosineLoss
+from medsr.losses.terms import TermLoss
 
 if TYPE_CHECKING:
     from medsr.networks.thick_segmentation import ThickSegmentation
@@ -25,7 +25,7 @@ _ROUNDING = 1e-2
 """How far an average in half precision may leave [0, 1]."""
 
 
-class ThickSegmentationLoss(nn.Module):
+class ThickSegmentationLoss(TermLoss):
     """Cross-entropy on the thick grid, cross-entropy and Dice on the thin one, and structural distillation.
 
     The pseudo labels come from super-resolution, which knows where it is unsure: a voxel of the thick grid with
@@ -107,7 +107,6 @@ class ThickSegmentationLoss(nn.Module):
         )
         self.cosine = SpatialCosineLoss(student_channels, teacher_channels) if cosine_weight else None
         self.pairwise = PairwiseAffinityLoss(nodes) if pairwise_weight else None
-        self.last_terms: dict[str, float] = {}
 
     def forward(self, pred: ThickSegmentation, target: Mapping[str, Tensor]) -> Tensor:
         """Return the sum of all terms."""
@@ -127,9 +126,7 @@ class ThickSegmentationLoss(nn.Module):
             terms["cosine"] = self.cosine_weight * self.cosine(pred.feature, _teacher(target))
         if self.pairwise is not None:
             terms["pairwise"] = self.pairwise_weight * self.pairwise(pred.feature, _teacher(target))
-        values = torch.stack(list(terms.values()))
-        self.last_terms = dict(zip(terms, values.detach().tolist(), strict=True))
-        return values.sum()
+        return self.summed(terms)
 
     def _pair(self, logits: Tensor | None, target: Mapping[str, Tensor], grid: str) -> tuple[Tensor, Tensor]:
         """Logits and class probabilities of one grid, in float32."""

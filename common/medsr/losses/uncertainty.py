@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from medsr.errors import SettingError
+from medsr.losses.terms import TermLoss
 
 __all__ = ["UncertaintyAwareLoss"]
 
 
-class UncertaintyAwareLoss(nn.Module):
+class UncertaintyAwareLoss(TermLoss):
     """L1 on the image, cross-entropy and Dice on the labels, and two terms that teach the uncertainty.
 
     With ``e = |pred - target|`` and the predicted error ``U``: ``mean(e) + a mean(e / U + ln U) + b mean|U - e|``.
@@ -56,7 +56,6 @@ class UncertaintyAwareLoss(nn.Module):
         self.label_classes, self.uncertainty = int(label_classes), bool(uncertainty)
         self.likelihood_weight, self.error_weight = float(likelihood_weight), float(error_weight)
         self.image_from_likelihood = image_from_likelihood
-        self.last_terms: dict[str, float] = {}
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the sum of all terms."""
@@ -81,5 +80,4 @@ class UncertaintyAwareLoss(nn.Module):
             total = (probability**2).sum() + (labels**2).sum()
             terms["cross_entropy"] = F.binary_cross_entropy_with_logits(logits, labels)
             terms["dice"] = 1 - 2 * overlap / total.clamp_min(1e-6)
-        self.last_terms = {name: float(value.detach()) for name, value in terms.items()}
-        return torch.stack(list(terms.values())).sum()
+        return self.summed(terms)
