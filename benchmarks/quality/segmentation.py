@@ -89,7 +89,9 @@ def main() -> None:
         help="of every mask that is compared, 0 removes no islands",
     )
     parser.add_argument("--ablations", action="store_true")
-    parser.add_argument("--only", nargs="*", help="these variants, 'ours' first")
+    parser.add_argument(
+        "--only", nargs="*", choices=[*VARIANTS, *ABLATIONS], help="these variants, 'ours' first"
+    )
     parser.add_argument(
         "--report", type=Path, help="also write the table as Markdown, the rows of other cases in it kept"
     )
@@ -98,6 +100,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    unknown = [case for case in arguments.cases or () if case not in STUDIES[arguments.study]]
+    if unknown:
+        parser.error(
+            f"no case {unknown[0]} in {arguments.study}; there are {', '.join(STUDIES[arguments.study])}"
+        )
     output = arguments.output.resolve()
     write_study(arguments.study, output / "thick", arguments.data, ratio=arguments.ratio)
     known = {**VARIANTS, **ABLATIONS}

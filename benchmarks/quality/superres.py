@@ -1,10 +1,10 @@
 """Quality of through-plane super-resolution, baselines beside it in the same run.
 
-    python -m benchmarks.quality.superres [--data FOLDER] [--quick] [-o results.json]
+    python -m benchmarks.quality.superres [--data FOLDER] [-o results.json]
 
 Thick slices are simulated from isotropic volumes of subjects that training did not see; every method gets the same
-slices. Without ``--data`` the volumes of the list below are looked for in ``$MEDSR_DATA`` or ``../shared/data``, and
-where there is none, the MNI152 template inside nilearn stands in (a smoke test, no result).
+slices. Without ``--data`` and ``$MEDSR_DATA``, where there is no ``../shared/data`` either, the MNI152 template inside
+nilearn stands in (a smoke test, no result).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ LOOKED_AT = ("glioma-t1c-3", "ms-flair-19", "head-t1", "oasis-t1-e")
 def main() -> None:
     """Print one table per group of settings and write all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("MEDSR_DATA", "../shared/data")))
-    parser.add_argument("--subjects", nargs="*", default=list(SUBJECTS))
+    parser.add_argument("--data", type=Path, default=os.environ.get("MEDSR_DATA"))
+    parser.add_argument("--subjects", nargs="*", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--ratios", nargs="*", type=float, default=[3.0, 4.0, 5.0])
     parser.add_argument("--gaps", nargs="*", type=float, default=[0.0, 1.0])
     parser.add_argument("--profile", default="slr")
@@ -62,8 +62,13 @@ def main() -> None:
     logging.getLogger("ignite").setLevel(logging.WARNING)
 
     chosen = settings()
-    cases = [{"case": n, "image": str(arguments.data / SUBJECTS[n])} for n in arguments.subjects]
-    cases = [case for case in cases if Path(case["image"]).is_file()] or _stand_in(arguments.output.parent)
+    data = arguments.data or Path("../shared/data")
+    cases = [{"case": name, "image": str(data / SUBJECTS[name])} for name in arguments.subjects]
+    absent = [case["image"] for case in cases if not Path(case["image"]).is_file()]
+    if arguments.data is None and len(absent) == len(cases):
+        cases = _stand_in(arguments.output.parent)
+    elif absent:
+        parser.error(f"{absent[0]}: there is no such file; name the subjects that are there with --subjects")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

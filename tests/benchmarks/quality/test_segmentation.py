@@ -116,3 +116,23 @@ def test_pages_name_the_cases_that_the_chain_s_start_had_seen(commands, tmp_path
     segmentation.main()
     assert segmentation.about_seen(seen) in report.read_text()
     assert all(case in segmentation.about_seen(seen) for case in seen)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--only", "nope"), "invalid choice: 'nope'"),
+        (("--cases", "glioma-9"), "no case glioma-9 in tumour; there are"),
+    ],
+)
+@pytest.mark.usefixtures("commands")
+def test_names_that_do_not_exist_are_refused_before_anything_is_written(
+    monkeypatch, capsys, tmp_path, words, reason
+):
+    monkeypatch.setattr(segmentation, "write_study", lambda *_, **__: pytest.fail("it was written"))
+    monkeypatch.setattr(sys, "argv", ["segmentation", "tumour", str(tmp_path / "new"), *words])
+    with pytest.raises(SystemExit) as stop:
+        segmentation.main()
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
