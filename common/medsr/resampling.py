@@ -2,7 +2,7 @@
 
 Resampling the slice axis is linear in the voxels, so a whole volume is one matrix product with a small matrix of
 shape ``(new slices, old slices)``. For 40 -> 200 slices that is about a hundred times faster than
-``scipy.ndimage.map_coordinates`` and equal to it within rounding.
+``scipy.ndimage.map_coordinates`` of the volume, which makes the matrix, and equal to it within rounding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import map_coordinates
 
 from medsr.errors import SettingError
 from medsr.geometry import slice_positions
@@ -30,9 +31,6 @@ INTERPOLATORS = ("nearest", "linear", "cubic")
 
 _CACHED = 2**20
 """Numbers in a bicubic matrix that is remembered, at most."""
-
-_PAD = 12
-"""Replicated slices beyond either end: the spline's memory, sqrt(3) - 2 per slice, is 1e-7 after twelve."""
 
 
 def interpolation_matrix(size: int, positions: npt.ArrayLike, *, kind: str = "cubic") -> FloatArray:
@@ -71,9 +69,9 @@ def _interpolation_matrix(size: int, positions: tuple[float, ...], kind: str) ->
         return np.eye(size)[index]
     if kind == "linear":
         return _kernel_matrix(size, places, lambda t: np.clip(1 - np.abs(t), 0, None), reach=1)
-    padded = size + 2 * _PAD
-    spline = _bspline_values(places + _PAD, padded) @ np.linalg.inv(_bspline_collocation(padded))
-    return _fold(spline, size)
+    # What the spline makes of each slice alone; between slices, and at the slices themselves.
+    at, of = np.meshgrid(places, np.arange(size), indexing="ij")
+    return np.asarray(map_coordinates(np.eye(size), [at, of], order=3, mode="nearest"))
 
 
 def keys_matrix(size: int, positions: npt.ArrayLike, *, a: float = -0.5) -> FloatArray:
@@ -168,34 +166,4 @@ def _kernel_matrix(  # type: ignore[no-untyped-def]
             index = (first + tap) % (2 * size)
             index = np.minimum(index, 2 * size - 1 - index)
         np.add.at(rows, (np.arange(len(places)), index), weight)
-    return rows
-
-
-def _bspline_values(places: FloatArray, size: int) -> FloatArray:
-    """Cubic B-spline basis at ``places`` with whole-sample mirrored coefficients."""
-    rows = np.zeros((len(places), size))
-    first = np.floor(places).astype(int)
-    t = places - first
-    weights = (
-        (1 - t) ** 3 / 6,
-        (3 * t**3 - 6 * t**2 + 4) / 6,
-        (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6,
-        t**3 / 6,
-    )
-    for tap, weight in zip(range(-1, 3), weights, strict=True):
-        index = np.abs(first + tap)
-        index = np.where(index > size - 1, 2 * (size - 1) - index, index)
-        np.add.at(rows, (np.arange(len(places)), index), weight)
-    return rows
-
-
-def _bspline_collocation(size: int) -> FloatArray:
-    return _bspline_values(np.arange(size, dtype=np.float64), size)
-
-
-def _fold(padded: FloatArray, size: int) -> FloatArray:
-    """Give the weight of the replicated slices to the end slices that they replicate."""
-    rows = padded[:, _PAD : _PAD + size].copy()
-    rows[:, 0] += padded[:, :_PAD].sum(axis=1)
-    rows[:, -1] += padded[:, _PAD + size :].sum(axis=1)
     return rows
