@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.ndimage import gaussian_filter
 
 from medsr.errors import DataError, SettingError
 
@@ -25,6 +26,7 @@ __all__ = [
     "percentile_range",
     "psnr",
     "ssim_3d",
+    "ssim_map",
 ]
 
 Volume: TypeAlias = Any
@@ -109,29 +111,43 @@ def ssim_3d(
     peak = _checked_range(data_range)
     if not (math.isfinite(sigma) and sigma > 0):
         raise SettingError(f"ssim_3d: sigma must be a positive number of voxels, got {sigma}")
-    first, second = _float_tensor(pred), _float_tensor(target)
+    first, second = (np.asarray(as_array(value), dtype=np.float64) for value in (pred, target))
     if first.ndim != 3:
-        raise DataError(
-            f"ssim_3d: volumes must be (X, Y, Z), got shape {tuple(first.shape)}; pass one channel"
-        )
+        raise DataError(f"ssim_3d: volumes must be (X, Y, Z), got shape {first.shape}; pass one channel")
     _check_shapes({"pred": first, "target": second})
-    if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise DataError("ssim_3d: the volumes hold NaN or infinite values; repair them first")
-    second = second.to(first.device)
-    # SSIM does not change when both volumes and the range are scaled; this keeps float32 devices exact
-    # enough.
-    first, second = first / peak, second / peak
+    found = ssim_map(first / peak, second / peak, sigma=sigma)
+    (inside,) = masked_values({"the SSIM map": found}, mask=mask)
+    return float(inside.mean())
 
-    taps = _gaussian_taps(sigma)
-    mean_first, mean_second = _smooth(first, taps), _smooth(second, taps)
-    var_first = _smooth(first * first, taps) - mean_first**2
-    var_second = _smooth(second * second, taps) - mean_second**2
-    covariance = _smooth(first * second, taps) - mean_first * mean_second
+
+def ssim_map(first: FloatArray, second: FloatArray, *, sigma: float) -> FloatArray:
+    """Structural similarity around every pixel or voxel, for a range of 1, with mirrored borders.
+
+    Args:
+        first: image or volume.
+        second: another of the same shape.
+        sigma: standard deviation of the window of 11, in pixels.
+
+    Shape:
+        any number of axes; the map has the shape of both.
+
+    Example:
+        >>> ssim_map(np.zeros((3, 3)), np.zeros((3, 3)), sigma=1.5).min()
+        np.float64(1.0)
+    """
+
+    def smooth(values: FloatArray) -> FloatArray:
+        return np.asarray(gaussian_filter(values, sigma, radius=SSIM_TAPS // 2))
+
+    mean_first, mean_second = smooth(first), smooth(second)
+    var_first = smooth(first * first) - mean_first**2
+    var_second = smooth(second * second) - mean_second**2
+    covariance = smooth(first * second) - mean_first * mean_second
     c1, c2 = SSIM_K1**2, SSIM_K2**2
     luminance = (2 * mean_first * mean_second + c1) / (mean_first**2 + mean_second**2 + c1)
-    structure = (2 * covariance + c2) / (var_first + var_second + c2)
-    (inside,) = masked_values({"the SSIM map": luminance * structure}, mask=mask)
-    return float(inside.mean())
+    return np.asarray(luminance * (2 * covariance + c2) / (var_first + var_second + c2))
 
 
 def edge_band(
@@ -363,38 +379,6 @@ def _checked_range(data_range: float) -> float:
     if not (math.isfinite(peak) and peak > 0):
         raise SettingError(f"data_range must be a positive number in image units, got {data_range}")
     return peak
-
-
-def _float_tensor(value: Volume) -> torch.Tensor:
-    if isinstance(value, torch.Tensor) and value.device.type == "mps":
-        return torch.as_tensor(value.detach(), dtype=torch.float32)
-    if isinstance(value, torch.Tensor):
-        tensor = value.detach().to(torch.float64)
-        # MONAI's tensor carries history through every product; a metric has no use for it.
-        return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
-    return torch.from_numpy(np.array(as_array(value), dtype=np.float64))
-
-
-def _gaussian_taps(sigma: float) -> list[float]:
-    offsets = np.arange(SSIM_TAPS) - SSIM_TAPS // 2
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
-    return [float(w) for w in weights / weights.sum()]
-
-
-def _smooth(volume: torch.Tensor, taps: list[float]) -> torch.Tensor:
-    """Separable convolution with mirrored borders, as one matrix product per axis.
-
-    In float64 a dense product over 200 voxels is faster than torch's convolution with 11 taps, and the border
-    is part of the matrix: also for axes shorter than the window, which torch's own padding refuses.
-    """
-    for axis, size in enumerate(volume.shape):
-        mirrored = np.pad(np.arange(size), len(taps) // 2, mode="symmetric")
-        weights = np.zeros((size, size))
-        for offset, tap in enumerate(taps):
-            np.add.at(weights, (np.arange(size), mirrored[offset : offset + size]), tap)
-        matrix = torch.from_numpy(weights).to(device=volume.device, dtype=volume.dtype)
-        volume = torch.tensordot(matrix, volume, dims=([1], [axis])).movedim(0, axis)
-    return volume
 
 
 def _background_and_top(flat: FloatArray) -> tuple[float, float]:
