@@ -68,7 +68,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         >>> [type(one).__name__ for one in causes(ValueError("too short"))]
         ['ValueError']
     """
-    while error is not None:
+    told: list[BaseException] = []
+    # A chain may bite its tail.
+    while error is not None and error not in told:
+        told.append(error)
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
