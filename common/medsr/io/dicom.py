@@ -26,6 +26,22 @@ __all__ = ["is_dicom_series", "read_series", "read_series_header", "series_files
 
 _SAME_DEPTH_MM = 0.01
 
+_OTHER_FILES = (
+    ".bmp",
+    ".csv",
+    ".gz",
+    ".jpeg",
+    ".jpg",
+    ".json",
+    ".nii",
+    ".pdf",
+    ".png",
+    ".tif",
+    ".tiff",
+    ".zip",
+)
+"""Endings of files that are not opened to see whether they are DICOM: a folder beside a scan may hold thousands."""
+
 
 def is_dicom_series(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds at least one file that looks like a DICOM image, judged by its first bytes.
@@ -46,7 +62,9 @@ def series_files(folder: Path) -> Iterator[Path]:
 
 
 def _may_be_slice(path: Path) -> bool:
-    return not path.name.startswith(".") and path.name.upper() != "DICOMDIR" and path.is_file()
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
+        return False
+    return path.suffix.lower() not in _OTHER_FILES and path.is_file()
 
 
 def read_series_header(

@@ -5,8 +5,10 @@ import shutil
 import numpy as np
 import pytest
 from medsr.errors import DataError, GeometryError, MedsrError, SettingError
+from medsr.io import dicom
 from medsr.io import dicom_images as module
 from medsr.io.dicom import is_dicom_series, read_series, read_series_header
+from medsr.io.dicom_images import looks_like_dicom
 
 OTHER = "1.2.3.222222"
 ROWS, COLUMNS = 32, 40
@@ -553,6 +555,21 @@ def test_junk_is_skipped_and_counted(series, volume, expected_affine):
     (folder / "readme.txt").write_text("hello" * 100)
     (folder / "empty.dcm").write_bytes(b"")
     (folder / "sub").mkdir()
+    header = accepted(folder, volume, expected_affine())
+    assert header.notes == ("4 files that are not DICOM were skipped",)
+
+
+def test_files_that_are_plainly_others_are_not_opened(series, volume, expected_affine, tmp_path, monkeypatch):
+    """On a network share each would cost a round trip."""
+    folder, pictures = series(), tmp_path / "pictures"
+    pictures.mkdir()
+    for place in (folder, pictures):
+        for name in ("a.png", "b.JPG", "c.nii.gz", "d.json"):
+            (place / name).write_bytes(b"x" * 200)
+    opened = []
+    monkeypatch.setattr(dicom, "looks_like_dicom", lambda path: opened.append(path) or looks_like_dicom(path))
+    assert not is_dicom_series(pictures)
+    assert opened == []
     header = accepted(folder, volume, expected_affine())
     assert header.notes == ("4 files that are not DICOM were skipped",)
 
