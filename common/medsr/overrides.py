@@ -30,8 +30,21 @@ __all__ = [
     "refuse_unclear",
     "refuse_unfit_configs",
     "refuse_unknown",
+    "refuse_unmergeable",
     "unknown_settings",
 ]
+
+# Endings of ids of what is only about speed, place or display.
+_SHAPES_NOTHING = (
+    "::cache_num",
+    "::device",
+    "::num_workers",
+    "::path",
+    "::pin_memory",
+    "::progress",
+    "_dir",
+    "_root",
+)
 
 _ASKED: ContextVar[tuple[list[Path], dict[str, Any]] | None] = ContextVar("asked", default=None)
 
@@ -190,6 +203,27 @@ def refuse_unfit_configs(config_files: Sequence[str | Path]) -> None:
             raise SettingError(f"{name} cannot be combined with {unfit[0]}; leave one of them out")
 
 
+def refuse_unmergeable(config_files: Sequence[str | Path]) -> None:
+    """Raise if a config changes something inside a component that nothing below it has, which MONAI cannot merge.
+
+    Args:
+        config_files: JSON config files in the order in which MONAI merges them.
+
+    Raises:
+        SettingError: naming config and id, and how to write it.
+    """
+    for count, file in enumerate(config_files):
+        below = _merged(config_files[:count])
+        for key in read_config(Path(file)):
+            *parents, last = _path_of(key)
+            if parents and not isinstance(_item(below, parents), (dict, list)):
+                names = " + ".join(Path(one).name for one in config_files[:count])
+                raise SettingError(
+                    f"{Path(file).name}: {key} is nothing in {names}; write it as "
+                    f'"+{parents[0]}" with {{"{last}": ...}}'
+                )
+
+
 def overrides_in(argv: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     """Config files and overrides of a ``python -m monai.bundle run`` command line.
 
@@ -251,14 +285,15 @@ def asked() -> tuple[list[Path], dict[str, Any]]:
 
 
 def nested_overrides() -> dict[str, Any]:
-    """What was asked for inside components, by id: no setting of a config holds it.
+    """What was asked for inside components and shapes a result, by id: no setting of a config holds it.
 
     Example:
         >>> nested_overrides()
         {}
     """
     paths = {"::".join(_path_of(key)): value for key, value in asked()[1].items()}
-    return {key: value for key, value in paths.items() if "::" in key}
+    shaping = {key: value for key, value in paths.items() if not key.endswith(_SHAPES_NOTHING)}
+    return {key: value for key, value in shaping.items() if "::" in key}
 
 
 def check_overrides(argv: Sequence[str] | None = None) -> None:

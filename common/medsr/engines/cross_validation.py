@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.bundle import ConfigWorkflow
 from monai.utils import ensure_tuple
 
@@ -22,7 +23,7 @@ from medsr.io.cases import input_digest
 from medsr.io.masks import find_labelled_frames, frames_of_groups, group_of, read_mask
 from medsr.io.writing import probe_folder, write_json
 from medsr.metrics.frames import over_folds, summary
-from medsr.overrides import asked, nested_overrides
+from medsr.overrides import asked, nested_overrides, read_config, refuse_unmergeable
 from medsr.settings import as_whole
 
 __all__ = [
@@ -243,6 +244,9 @@ class CrossValidation:
             _log.info("fold %d of %d: without %s", number + 1, len(self.folds), ", ".join(groups))
             left_out = [*self.train_settings.get("leave_out", ()), *groups]
             settings = {**self.train_settings, "leave_out": left_out}
+            if not (fold / "training" / "model.pt").is_file():
+                # Scores of weights that are lost.
+                shutil.rmtree(fold / "scores", ignore_errors=True)
             weights = self._step(fold / "training", "model.pt", self.train, settings)
             settings = {**self.evaluate_settings, "groups": groups, "weights": str(weights)}
             scores = self._step(fold / "scores", SCORES, self.evaluate, settings)
@@ -276,6 +280,10 @@ class CrossValidation:
                         "folds": self.folds,
                         "configs of the training": self.train,
                         "configs of the scoring": self.evaluate,
+                        **{
+                            Path(file).name: content_of(str(self.configs / file))
+                            for file in (*self.train, *self.evaluate)
+                        },
                         **content_of(settings),
                     },
                     # A list: two folders may hold frames of one name.
@@ -310,7 +318,7 @@ class CrossValidation:
         if folder.exists():
             # It has lost its result.
             shutil.rmtree(folder)
-        under_way = {"resume": True} if (part / STATE_FILE).is_file() else {}
+        under_way = {"resume": True} if _is_whole(part / STATE_FILE) else {}
         if part.exists() and not under_way:
             shutil.rmtree(part)
         part.mkdir(parents=True, exist_ok=True)
@@ -340,22 +348,34 @@ def overlays_of_run(named: Sequence[str], configs: str | Path) -> list[str]:
         configs: folder of the configs.
 
     Raises:
-        SettingError: for a setting inside a component.
+        SettingError: for a setting inside a component, and an overlay that the scoring cannot be merged with.
 
     Example:
-        >>> overlays_of_run(["parts.json"], "configs")
-        ['parts.json']
+        >>> overlays_of_run([], catalog.bundle_root("endoscopy_segsrnet_segmentation") / "configs")
+        []
     """
     files, _ = asked()
     inside = Path(configs).resolve()
-    # The first is the training, the last the cross-validation.
-    given = [file.name if file.resolve().parent == inside else str(file.resolve()) for file in files[1:-1]]
+    # The first is the training itself.
+    overlays = [file.resolve() for file in files[1:] if "cross_validation" not in read_config(file)]
+    given = [file.name if file.parent == inside else str(file) for file in overlays]
     lost = [key for key in nested_overrides() if not key.startswith("cross_validation::")]
     if lost:
         raise SettingError(
             f"{lost[0]} would not reach the folds; put it into an overlay of your own, and name that"
         )
-    return [*given, *(name for name in named if name not in given)]
+    found = [*given, *(name for name in named if name not in given)]
+    # The scoring has no optimiser, for example; found out before the first training and not after it.
+    refuse_unmergeable([inside / name for name in ("inference.json", *found, "evaluate.json")])
+    return found
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether a training can go on from its state; if not, it starts anew."""
+    try:
+        return isinstance(torch.load(state, map_location="cpu", weights_only=True), dict)
+    except Exception:  # missing, cut off, or of another program
+        return False
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import random
 import reprlib
 import time
@@ -161,7 +162,11 @@ class TrainingState:
         given = {key: value for key, value in given.items() if "::" not in key}
         settings = {
             **{key: self._content(value) for key, value in given.items() if not may_change(key)},
-            **{key: self._content(value) for key, value in nested_overrides().items()},
+            **{
+                key: self._content(value)
+                for key, value in nested_overrides().items()
+                if _shapes_training(key)
+            },
             "learning_rate": self.schedule.learning_rate,
             "content of images": _content_of_images(engine.data_loader.dataset),
             "number of images": len(engine.data_loader.dataset),
@@ -312,6 +317,11 @@ def may_change(key: str) -> bool:
     return key in _MAY_CHANGE or key.endswith(("_dir", "_root"))
 
 
+def _shapes_training(key: str) -> bool:
+    """Whether it matters to a training what was asked for under an id inside a component."""
+    return not may_change(key.rpartition("::")[2]) and not key.startswith("cross_validation::")
+
+
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What another run was made with, each in a few words.
 
@@ -335,7 +345,7 @@ def content_of(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {key: content_of(one) for key, one in value.items()}
-    if isinstance(value, str) and value and Path(value).is_file():
+    if isinstance(value, str) and os.path.isfile(value):  # noqa: PTH113 - Path's raises for long texts
         return f"SHA-256 {hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]}"
     return value
 

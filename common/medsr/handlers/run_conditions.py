@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ import medsr
 from medsr.overrides import asked, nested_overrides
 
 __all__ = ["RunConditions"]
+
+_QUOTED_PATH = re.compile(r"""(['"])[^'"]*[/\\]([^'"/\\]*)\1""")
+"""In an expression."""
 
 
 class RunConditions:
@@ -52,8 +57,7 @@ class RunConditions:
         by_name = (
             weights if isinstance(weights, Mapping) else {Path(one).name: one for one in [weights] if one}
         )
-        texts = [Path(value) for value in given.values() if isinstance(value, str)]
-        named = [file for file in texts if file.suffix and file.is_file()]
+        named = [Path(value) for value in given.values() if isinstance(value, str) and _is_file(value)]
         self.named = {file.name for file in named}
         files = {**{Path(p).name: p for p in (*config_files, *asked()[0], *named)}, **by_name}
         self.hashes = {name: _sha256(path) for name, path in files.items()}
@@ -71,13 +75,23 @@ class RunConditions:
             "sha256": self.hashes,
             "settings": self.settings,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(conditions))
+        plain: dict[str, Any] = json.loads(json.dumps(conditions, default=str))
         return plain
 
 
+def _is_file(text: str) -> bool:
+    # A name without an ending is that of a choice, though a file may be called so.
+    return not text.startswith(("$", "@", "%")) and bool(Path(text).suffix) and os.path.isfile(text)  # noqa: PTH113 - Path's raises for long texts
+
+
 def _without_folder(value: Any) -> Any:
-    is_path = isinstance(value, str) and not value.startswith("$")
-    return Path(value).name if is_path else value
+    if isinstance(value, Mapping):
+        return {key: _without_folder(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folder(one) for one in value]
+    if isinstance(value, str) and value.startswith("$"):
+        return _QUOTED_PATH.sub(r"\1\2\1", value)
+    return Path(value).name if isinstance(value, str) else value
 
 
 def _sha256(path: str | Path) -> str | None:

@@ -148,10 +148,11 @@ def read_mask(path: PathLike) -> npt.NDArray[np.int32]:
     kind = read_image_header(path).encoding.file_format
     if kind not in _FORMATS:
         raise DataError(f"{path.name}: a mask cannot be {kind}; save it as PNG, which keeps every value")
-    indices = read_palette_indices(path)
+    image = read_image(path)
+    # Palettes are expanded to colours.
+    indices = read_palette_indices(path) if len(image.values) == 3 else None
     if indices is not None:
         return indices.astype(np.int32)
-    image = read_image(path)
     if image.alpha is not None and image.alpha.min() < 1:
         raise DataError(f"{path.name}: a mask with transparency is ambiguous; save it as plain grey values")
     if (image.values != image.values[:1]).any():

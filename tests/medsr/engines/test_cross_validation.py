@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from medsr.engines.cross_validation import (
     CrossValidation,
     frame_items,
@@ -181,19 +182,26 @@ def test_every_fold_is_trained_without_its_groups_and_scored_on_them(configs, tm
 def test_what_is_done_is_not_done_again(configs, tmp_path):
     out = tmp_path / "out"
     first = validation(configs, out).run()
-    (configs / "train.json").write_text('{"run": ["$1 / 0"]}')
+    models = [out / f"fold{number}" / "training" / "model.pt" for number in (0, 1)]
+    before = [model.stat().st_mtime_ns for model in models]
     (out / "fold1" / "scores").rename(out / "fold1" / "scores.part")
     (out / "fold1" / "scores.part" / "left_over").touch()
     assert validation(configs, out).run() == first
     assert not (out / "fold1" / "scores" / "left_over").exists()
+    assert [model.stat().st_mtime_ns for model in models] == before
     with pytest.raises(SettingError, match="with training::speed 3, not 4; choose another output_dir"):
         validation(configs, out, speed=4).run()
 
 
 def test_a_training_that_was_interrupted_goes_on(configs, tmp_path):
     out = tmp_path / "out"
-    (out / "fold1" / "training.part").mkdir(parents=True)
-    (out / "fold1" / "training.part" / STATE_FILE).touch()
+    for number, content in ((0, b"junk"), (1, {"settings": {}})):
+        part = out / f"fold{number}" / "training.part"
+        part.mkdir(parents=True)
+        if isinstance(content, bytes):
+            (part / STATE_FILE).write_bytes(content)
+        else:
+            torch.save(content, part / STATE_FILE)
     validation(configs, out).run()
     models = [json.loads((out / f"fold{n}" / "training" / "model.pt").read_text()) for n in (0, 1)]
     assert [model["resume"] for model in models] == [False, True]
@@ -228,17 +236,49 @@ def test_folds_of_other_weights_are_not_averaged(configs, tmp_path):
         validation(configs, out, start=str(start)).run()
 
 
-def test_overlays_below_a_cross_validation_reach_its_folds(tmp_path):
-    inside, own = tmp_path / "configs" / "unet.json", tmp_path / "mine.json"
-    first, last = (tmp_path / "configs" / name for name in ("train.json", "cross_validate.json"))
-    with asking([first, inside, own, last], {"seed": 1, "cross_validation::folds": 3}):
-        assert overlays_of_run(["parts.json", "unet.json"], inside.parent) == [
-            "unet.json",
-            str(own.resolve()),
-            "parts.json",
-        ]
-    with asking([first, last], {"optimizer::weight_decay": 0.9}), pytest.raises(SystemExit):
-        overlays_of_run([], inside.parent)
+@pytest.fixture
+def own(configs: Path, tmp_path: Path) -> Path:
+    """An overlay of a user's; configs of a bundle around it."""
+    contents = {
+        "inference.json": {},
+        "unet.json": {},
+        "parts.json": {},
+        "cross_validate.json": {"cross_validation": {}},
+    }
+    for name, content in contents.items():
+        (configs / name).write_text(json.dumps(content))
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"+optimizer": {"weight_decay": 0.1}}))
+    return path
+
+
+def test_overlays_of_a_cross_validation_reach_its_folds(configs, own):
+    first, unet, last = (configs / name for name in ("train.json", "unet.json", "cross_validate.json"))
+    for files in ([first, unet, own, last], [first, unet, last, own]):
+        with asking(files, {"seed": 1, "cross_validation::folds": 3}):
+            found = overlays_of_run(["parts.json", "unet.json"], configs)
+        assert found == ["unet.json", str(own.resolve()), "parts.json"]
+
+
+def test_what_would_not_reach_the_folds_is_refused_before_the_first(configs, own, capsys):
+    files = [configs / "train.json", own, configs / "cross_validate.json"]
+    with asking(files, {"optimizer::weight_decay": 0.9}), pytest.raises(SystemExit):
+        overlays_of_run([], configs)
+    assert "optimizer::weight_decay would not reach the folds" in capsys.readouterr().err
+    own.write_text(json.dumps({"optimizer#weight_decay": 0.1}))
+    with asking(files, {}), pytest.raises(SystemExit):
+        overlays_of_run([], configs)
+    assert 'write it as "+optimizer" with {"weight_decay": ...}' in capsys.readouterr().err
+
+
+def test_an_overlay_that_has_changed_is_another_setting(configs, own, tmp_path):
+    own.write_text('{"speed": 2}')
+    out = tmp_path / "out"
+    settings = {"configs": configs, "train": ["train.json", str(own)], "evaluate": ["evaluate.json"]}
+    CrossValidation(CASES, out, [["a"], ["b", "c"]], **settings).run()
+    own.write_text('{"speed": 3}')
+    with pytest.raises(SettingError, match=r"with mine\.json 'SHA-256 \w+', not"):
+        CrossValidation(CASES, out, [["a"], ["b", "c"]], **settings).run()
 
 
 def test_other_masks_of_the_same_names_are_refused(configs, tmp_path):

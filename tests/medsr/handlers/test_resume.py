@@ -433,8 +433,9 @@ def test_weights_of_the_own_folder_may_have_been_replaced_since(tmp_path):
 
 
 def test_what_was_set_inside_components_must_be_the_same(tmp_path):
-    with asking(["train.json"], {"optimizer::weight_decay": 0.1}):
+    with asking(["train.json"], {"optimizer::weight_decay": 0.1, "train::handlers::5::minutes": 0}):
         interrupted(tmp_path)
+    with asking(["train.json"], {"optimizer::weight_decay": 0.1}):
         Trial(tmp_path, resume=True)
     assert "optimizer::weight_decay 0.1, not None" in refusal(tmp_path)
 

@@ -2,6 +2,7 @@ import hashlib
 import json
 
 from medsr.handlers.run_conditions import RunConditions
+from medsr.overrides import asking
 
 
 def test_the_configs_of_the_command_line_are_hashed_too(tmp_path, monkeypatch):
@@ -36,3 +37,24 @@ def test_the_file_that_a_setting_names_is_recorded_without_its_folder(tmp_path):
     assert plain["sha256"] == {"taps.txt": hashlib.sha256(b"1 2 1").hexdigest()}
     assert conditions.named == {"taps.txt"}
     assert "patient" not in json.dumps(plain)
+
+
+def test_no_folder_stays_in_what_was_set_inside_components():
+    secret = "/home/patient_smith"
+    given = {
+        "comparison::compare": {"x": f"{secret}/m.pt"},
+        "report::config_files": [f"{secret}/a.json"],
+        "part::file": f"$pathlib.Path('{secret}/b.nii') / \"c\"",
+        "part::long": "$" + "monai.transforms.Identity(),"[:-1] * 20,
+        "part::strange": {1, 2},
+    }
+    with asking([], given):
+        plain = RunConditions().as_plain()["settings"]
+    assert "patient" not in json.dumps(plain)
+    assert plain["comparison::compare"] == {"x": "m.pt"}
+    assert plain["part::file"] == "$pathlib.Path('b.nii') / \"c\""
+
+
+def test_what_is_only_about_speed_is_no_other_result():
+    with asking([], {"dataloader::num_workers": 1, "inferer::progress": True, "inferer::tile": 64}):
+        assert RunConditions().settings == {"inferer::tile": 64}
