@@ -351,6 +351,7 @@ def overlays_of_run(named: Sequence[str], configs: str | Path) -> list[str]:
         SettingError: for a setting inside a component, and an overlay that the scoring cannot be merged with.
 
     Example:
+        >>> from medsr import catalog
         >>> overlays_of_run([], catalog.bundle_root("endoscopy_segsrnet_segmentation") / "configs")
         []
     """

@@ -43,6 +43,7 @@ class FusionLoss(TermLoss):
             the adversarial term comes without logits.
 
     Example:
+        >>> import torch
         >>> loss = FusionLoss(feature_weight=0, adversarial_weight=0)
         >>> loss(torch.full((1, 1, 4, 4), 0.5), torch.zeros(1, 1, 4, 4)).item(), loss.last_terms
         (0.625, {'l1': 0.5, 'mse': 0.125})

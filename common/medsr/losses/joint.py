@@ -38,6 +38,7 @@ class JointLoss(TermLoss):
             another size than the truth.
 
     Example:
+        >>> import torch
         >>> loss = JointLoss(nn.BCEWithLogitsLoss(), l1_weight=2)
         >>> pred = SuperResSegmentationOutput(torch.full((1, 6, 2, 2), 0.5), torch.zeros(1, 1, 2, 2))
         >>> truth = {"image": torch.zeros(1, 6, 2, 2), "label": torch.zeros(1, 1, 2, 2)}

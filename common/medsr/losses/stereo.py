@@ -58,6 +58,7 @@ class StereoLoss(TermLoss):
             or missing maps.
 
     Example:
+        >>> import torch
         >>> loss = StereoLoss(sr_only=True)
         >>> loss(torch.full((1, 6, 4, 4), 0.5), torch.zeros(1, 6, 4, 4)).item(), loss.last_terms
         (1.0, {'l1': 1.0})

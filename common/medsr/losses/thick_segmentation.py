@@ -62,6 +62,7 @@ class ThickSegmentationLoss(TermLoss):
         DataError: if the uncertainty leaves [0, 1].
 
     Example:
+        >>> import torch
         >>> from types import SimpleNamespace
         >>> loss = ThickSegmentationLoss(
         ...     uncertainty_weight=0, thick_dice_weight=1, cosine_weight=0, pairwise_weight=0

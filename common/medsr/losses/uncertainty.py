@@ -35,6 +35,7 @@ class UncertaintyAwareLoss(TermLoss):
         SettingError: if the number of channels does not fit the settings.
 
     Example:
+        >>> import torch
         >>> loss = UncertaintyAwareLoss(uncertainty=True)
         >>> loss(torch.full((1, 2, 4, 4, 4), 0.5), torch.zeros(1, 1, 4, 4, 4)).item() > 0
         True
