@@ -27,7 +27,6 @@ from medsr import __version__, catalog, errors
 from medsr.errors import DataError, MedsrError, OutputError, SettingError
 from medsr.overrides import (
     asking,
-    refuse_lone_overlay,
     refuse_unclear,
     refuse_unfit_configs,
     refuse_unknown,
@@ -206,7 +205,6 @@ def _info(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     root = _root(arguments.bundle)
     configs = [_config(root, name) for name in arguments.config]
-    refuse_lone_overlay(configs)
     refuse_unfit_configs(configs)
     overrides = _overrides(arguments, root, configs)
     refuse_unknown(overrides, configs)

@@ -1,6 +1,6 @@
 """Reads what a run was asked, as MONAI would, and refuses what MONAI would let pass: misspelt and unclear overrides.
 
-Only the standard library is used, so that a wrong command line fails at once.
+Beside the standard library only python-fire is used, which reads MONAI's command line: a wrong one fails at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ __all__ = [
     "nested_overrides",
     "overrides_in",
     "read_config",
-    "refuse_lone_overlay",
     "refuse_unclear",
     "refuse_unfit_configs",
     "refuse_unknown",
@@ -165,16 +164,17 @@ def refuse_unclear(given: Mapping[str, object], config_files: Sequence[str | Pat
         _refuse_out_of_range(name, default, None if is_nothing else value)
 
 
-def refuse_lone_overlay(config_files: Sequence[str | Path]) -> None:
-    """Raise if the first config is an overlay, which holds only what differs from the config that it lies on.
+def refuse_unfit_configs(config_files: Sequence[str | Path]) -> None:
+    """Raise if configs do not fit together: the first is an overlay, or one excludes another.
 
-    Behind its overlay a config would win, and undo it without a word.
+    An overlay holds only what differs from the config that it lies on; behind it, that config would win, and undo it
+    without a word. What it cannot be merged with it lists as ``_not_with_``.
 
     Args:
         config_files: JSON config files in the order in which MONAI merges them.
 
     Raises:
-        SettingError: naming the configs that it may lie on, and how both are given.
+        SettingError: naming the configs that an overlay may lie on, and how both are given; or both that do not fit.
     """
     for file in config_files[:1]:
         about = str(read_config(Path(file)).get("_desc_", ""))
@@ -185,17 +185,6 @@ def refuse_lone_overlay(config_files: Sequence[str | Path]) -> None:
                 f"{name} is an overlay on {' or '.join(bases)}: name that before it, --config {bases[0]} {name} with "
                 f"medsr run, --config_file \"['configs/{bases[0]}','configs/{name}']\" with MONAI"
             )
-
-
-def refuse_unfit_configs(config_files: Sequence[str | Path]) -> None:
-    """Raise if a config lies with one that it cannot be merged with; an overlay lists those as ``_not_with_``.
-
-    Args:
-        config_files: JSON config files in the order in which MONAI merges them.
-
-    Raises:
-        SettingError: naming both.
-    """
     names = [Path(file).name for file in config_files]
     for file, name in zip(config_files, names, strict=True):
         unfit = [other for other in read_config(Path(file)).get("_not_with_", ()) if other in names]
@@ -317,7 +306,6 @@ def check_overrides(argv: Sequence[str] | None = None) -> None:
     files, overrides = overrides_in(argv)
     if not files or any(file.suffix.lower() != ".json" for file in files):
         return
-    refuse_lone_overlay(files)
     refuse_unfit_configs(files)
     refuse_unknown(overrides, files)
     typed = _options(_runner_words(argv) or [])

@@ -134,8 +134,8 @@ def ssim_map(first: FloatArray, second: FloatArray, *, sigma: float) -> FloatArr
         any number of axes; the map has the shape of both.
 
     Example:
-        >>> ssim_map(np.zeros((3, 3)), np.zeros((3, 3)), sigma=1.5).min()
-        np.float64(1.0)
+        >>> float(ssim_map(np.zeros((3, 3)), np.zeros((3, 3)), sigma=1.5).min())
+        1.0
     """
 
     def smooth(values: FloatArray) -> FloatArray:
