@@ -27,7 +27,7 @@ from medsr.resampling import interpolation_matrix, resample_last_axis
 from monai.data import MetaTensor
 from torch import nn
 
-from benchmarks.measure import giga_multiplications, interleaved, peak_of, print_ratio
+from benchmarks.measure import giga_multiplications, interleaved, peak_of, print_ratio, tensors_peak
 from benchmarks.shipped import naive_network, settings, shipped_network
 
 RATIO = 4
@@ -128,11 +128,14 @@ def full_width(rounds: int) -> None:
 
 
 def memory(size: list[int]) -> None:
-    """Peak memory of the inferer over its output (image and uncertainty, float32), in a process of its own."""
+    """Peak memory of the inferer over its output (image and uncertainty, float32)."""
     output = 2 * 4 * size[0] * size[1] * size[2] * RATIO / 2**20
-    peak = peak_of("benchmarks.speed.slice_sr:measured", *size)
-    if peak is not None:
-        print(f"peak memory of network and inferer / output ({output:.0f} MiB): {peak / output:.2f}")
+    what = f"peak memory of network and inferer / output ({output:.0f} MiB)"
+    print(f"{what}, tensors alone: {tensors_peak(measured(*size)) / output:.2f}")
+    peaks = [peak_of("benchmarks.speed.slice_sr:measured", *size) for _ in range(3)]
+    found = [f"{peak / output:.2f}" for peak in peaks if peak is not None]
+    if found:
+        print(f"{what}, in processes of their own: {', '.join(found)}")
 
 
 def measured(*size: int) -> Callable[[], object]:

@@ -12,7 +12,14 @@ from medsr.networks.fmen import FMEN
 from medsr.networks.se_gan import SEGenerator
 from medsr.networks.vdsr import VDSR
 
-from benchmarks.measure import added_peak, giga_multiplications, interleaved, peak_of, print_ratio
+from benchmarks.measure import (
+    added_peak,
+    giga_multiplications,
+    interleaved,
+    peak_of,
+    print_ratio,
+    tensors_peak,
+)
 
 
 def test_contestants_take_turns_and_the_first_run_does_not_count() -> None:
@@ -44,6 +51,17 @@ def test_multiplications_are_counted_without_computing(
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert giga_multiplications(network, 1, 3, 256, 256) == pytest.approx(expected, abs=0.01)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_tensors_count_while_they_are_there() -> None:
+    def run() -> torch.Tensor:
+        first = torch.zeros(2**20)
+        second = first + 1
+        del first
+        return second * 2
+
+    # Two of 4 MiB at a time, of three.
+    assert tensors_peak(run) == pytest.approx(8, abs=0.1)
 
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")

@@ -21,7 +21,7 @@ from medsr.settings import as_flag, as_whole
 
 __all__ = ["SliceGroupInferer"]
 
-_TRIAL = 64
+_TRIAL = 32
 """Rows and columns of the block on which the precision is chosen."""
 
 
@@ -139,7 +139,8 @@ class SliceGroupInferer(Inferer):
         sizes = (_TRIAL, _TRIAL, self.group)
         starts = [max(0, (n - size) // 2) for n, size in zip(stack.shape[2:], sizes, strict=True)]
         rows, columns, slices = (slice(k, k + size) for k, size in zip(starts, sizes, strict=True))
-        block = stack[:1, :, rows, columns, slices]
+        # Two of it: PyTorch gives one small sample to a kernel that needs more memory than the whole result.
+        block = stack[:1, :, rows, columns, slices].expand(2, -1, -1, -1, -1)
         positions = thin_positions(block.shape[-1], settings["scale"])
         return choose_precision(self.amp, partial(network, positions=positions, **settings), block)
 
@@ -250,5 +251,7 @@ def _some_planes(stack: Tensor, *, scale: float, thickness: float) -> tuple[list
         even = np.linspace(0, stack.shape[axis] - 1, 2 * _PLANES + 1).round().astype(int)
         for chosen, planes in ((np.r_[even[1::2], through], examples), (even[2:-1:2], trials)):
             picked = stack.index_select(axis, torch.as_tensor(np.unique(chosen), device=stack.device))
-            planes.append((picked.movedim(axis, 1).flatten(0, 1), scale, thickness))
+            # One at a time: what the C library gets for the features of all together it keeps beside the result.
+            one_by_one = picked.movedim(axis, 1).flatten(0, 1).split(1)
+            planes.extend((plane, scale, thickness) for plane in one_by_one)
     return examples, trials

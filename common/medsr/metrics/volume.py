@@ -246,10 +246,12 @@ def head_mask(volume: Volume, *, threshold: float = 0.02) -> BoolArray:
     """
     if not 0 <= threshold < 1:
         raise SettingError(f"head_mask: threshold must lie in [0, 1), got {threshold}")
-    array = as_array(volume)
-    (flat,) = masked_values({"volume": array}, mask=None)
+    # For a threshold float32 is exact enough, and copies of a whole volume cost an inferer memory.
+    array = as_array(volume, widen=False)
+    flat = array.ravel()
+    _check_values("volume", flat)
     background, top = _background_and_top(flat)
-    return np.asarray(array - background > threshold * (top - background), dtype=bool)
+    return np.asarray(array > background + threshold * (top - background), dtype=bool)
 
 
 def head_columns(volume: Volume) -> BoolArray:
@@ -326,19 +328,25 @@ def data_consistency(pred: Volume, observed: Volume, matrix: Volume, *, data_ran
     return psnr(high @ degrade.T, low, data_range=data_range)
 
 
-def as_array(value: Volume) -> npt.NDArray[Any]:
+def as_array(value: Volume, *, widen: bool = True) -> npt.NDArray[Any]:
     """NumPy view or copy of an array or tensor: float64, or bool where it was bool.
+
+    Args:
+        value: array or tensor.
+        widen: also copy float32 to float64.
 
     Example:
         >>> as_array(torch.ones(2, dtype=torch.bfloat16)).dtype
         dtype('float64')
     """
+    kept = (np.bool_,) if widen else (np.bool_, np.float32)
     if isinstance(value, torch.Tensor):
         # float64 and NumPy exist on the CPU only for some accelerators; bfloat16 does not exist in NumPy.
         value = value.detach().cpu()
-        value = np.asarray(value if value.dtype == torch.bool else value.to(torch.float64))
+        stays = value.dtype == torch.bool or (value.dtype == torch.float32 and not widen)
+        value = np.asarray(value if stays else value.to(torch.float64))
     array = np.asarray(value)
-    return array if array.dtype == np.bool_ else array.astype(np.float64, copy=False)
+    return array if array.dtype in kept else array.astype(np.float64, copy=False)
 
 
 def masked_values(volumes: dict[str, Volume], *, mask: Volume | None) -> tuple[FloatArray, ...]:
@@ -360,11 +368,15 @@ def masked_values(volumes: dict[str, Volume], *, mask: Volume | None) -> tuple[F
     _check_shapes(arrays if inside is None else {**arrays, "mask": inside})
     chosen = {name: array.ravel() if inside is None else array[inside] for name, array in arrays.items()}
     for name, values in chosen.items():
-        if values.size == 0:
-            raise DataError(f"{name}: no voxel to measure; the volume or the mask is empty")
-        if not np.isfinite(values).all():
-            raise DataError(f"{name}: NaN or infinite values inside the mask; repair or mask them")
+        _check_values(name, values)
     return tuple(chosen.values())
+
+
+def _check_values(name: str, values: npt.NDArray[Any]) -> None:
+    if values.size == 0:
+        raise DataError(f"{name}: no voxel to measure; the volume or the mask is empty")
+    if not np.isfinite(values).all():
+        raise DataError(f"{name}: NaN or infinite values inside the mask; repair or mask them")
 
 
 def _check_shapes(volumes: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ _PIXELS_AT_ONCE = 40_000
 _SLOPE = 0.1
 """Of the activations below zero."""
 
-_ROWS, _COLUMNS = 12, 40
+_ROWS, _COLUMNS = 12, 32
 """Size of the blocks that are joined without gradients: larger ones need more memory, smaller ones more time."""
 
 
@@ -83,9 +83,10 @@ class PlaneFusion(nn.Module):
         # Differences are small beside intensities.
         features = self.first(torch.stack([mean, 4 * (first - second)], dim=1))
         # Leaky: the last layer starts at zero, and units that die before it has grown never learn.
-        features = F.leaky_relu(features + self.condition(distances).T[:, None, None, :], _SLOPE)
+        features += self.condition(distances).T[:, None, None, :]
+        features = F.leaky_relu(features, _SLOPE, inplace=True)
         for layer in self.middle:
-            features = F.leaky_relu(layer(features), _SLOPE)
+            features = F.leaky_relu(layer(features), _SLOPE, inplace=True)
         return mean + self.last(features)[:, 0].float()
 
 

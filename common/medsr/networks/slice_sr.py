@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from medsr.errors import SettingError
 from medsr.geometry import thin_positions
+from medsr.networks.blocks import without_autocast
 from medsr.networks.checkpoints import load_checkpoint, rename_tensors
 from medsr.networks.plane_fusion import PlaneFusion, estimate_from_planes
 from medsr.networks.plane_prior import PlanePrior, interpolated
@@ -281,7 +282,10 @@ class SliceSRNet(nn.Module):
         detail += self.decoder.last([part[..., low // 2 : high // 2] for part in half], gate)
         decoded = F.leaky_relu(self.fuse(detail), 0.2, inplace=True)
         del detail
-        basis = self.to_basis(decoded)[..., start - low : stop - low]
+        with without_autocast(decoded):
+            # By itself the layer would pad a copy of it in float32.
+            decoded = F.pad(decoded, (3, 3, 3, 3, 0, 0), mode="replicate")
+        basis = F.conv3d(decoded, self.to_basis.weight, self.to_basis.bias)[..., start - low : stop - low]
         return basis.permute(0, 2, 3, 4, 1).float()
 
     def _condition(self, scale: float, thickness: float, like: Tensor) -> Tensor:
@@ -470,26 +474,29 @@ class _Decoder(nn.Module):
     def last_gate(self, parts: tuple[Tensor, Tensor]) -> Tensor:
         """Gate of the last layer, whose means follow from sums of its input: its output may come in bands."""
         layer = cast(nn.ConvTranspose3d, self.layers[-1])
-        voxels = 1
         with torch.autocast(parts[0].device.type, enabled=False):
-            sums = [part.float() for part in parts]
-            for axis, count in enumerate(parts[0].shape[2:]):
-                taps, step, pad = layer.kernel_size[axis], layer.stride[axis], layer.padding[axis]
-                size = (count - 1) * step - 2 * pad + taps
-                # The inputs that each tap does not throw over the border.
-                places = torch.arange(count) * step - pad + torch.arange(taps)[:, None]
-                inside = ((places >= 0) & (places < size)).to(sums[0])
-                sums = [torch.tensordot(one, inside, dims=([2], [1])) for one in sums]
-                voxels *= size
-            means = (
-                torch.einsum("bcdhw,codhw->bo", torch.cat(sums, dim=1), layer.weight) / voxels + layer.bias
-            )
+            # One after the other: each is copied to float32.
+            shares = torch.cat([_shares_of_taps(part.float(), layer) for part in parts], dim=1)
+            means = torch.einsum("bcdhw,codhw->bo", shares, layer.weight) + layer.bias
         return self.gates[-1].values(means[..., None, None, None])
 
     def last(self, parts: Sequence[Tensor], gate: Tensor) -> Tensor:
         """The last layer."""
         found = self.layers[-1](torch.cat(tuple(parts), dim=1))
         return F.leaky_relu(_Gate.multiplied(found, gate), 0.2, inplace=True)
+
+
+def _shares_of_taps(x: Tensor, layer: nn.ConvTranspose3d) -> Tensor:
+    """What each tap of a transposed convolution adds to the mean of its output, ``(B, C, D, H, W)`` to its taps."""
+    for count, taps, step, pad in zip(
+        x.shape[2:], layer.kernel_size, layer.stride, layer.padding, strict=True
+    ):
+        size = (count - 1) * step - 2 * pad + taps
+        # The inputs that the tap does not throw over the border.
+        places = torch.arange(count) * step - pad + torch.arange(taps)[:, None]
+        inside = ((places >= 0) & (places < size)).to(x)
+        x = torch.tensordot(x, inside / size, dims=([2], [1]))
+    return x
 
 
 def convert_flavr(path: str | Path) -> OrderedDict[str, Tensor]:
