@@ -102,12 +102,14 @@ def tensors_peak(run: Callable[[], object]) -> float:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         result = run()
-    del result
+        # What is freed later the profiler does not see, and counts in the next call.
+        del result
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]") / 2**20
+    sizes = (event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+    return max(sizes, default=0) / 2**20
 
 
 def _kibibytes(status: Path, field: str) -> int:

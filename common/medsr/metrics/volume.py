@@ -40,6 +40,9 @@ SSIM_K1, SSIM_K2 = 0.01, 0.03
 BACKGROUND_SHARE = 0.05
 """Share of all voxels that a histogram bin must hold to be taken for the background."""
 
+_COUNTED = 65_536
+"""Voxels that are counted at a time."""
+
 
 def psnr(pred: Volume, target: Volume, *, data_range: float, mask: Volume | None = None) -> float:
     """Peak signal-to-noise ratio in dB over the voxels of a mask; infinite for identical volumes.
@@ -248,10 +251,12 @@ def head_mask(volume: Volume, *, threshold: float = 0.02) -> BoolArray:
         raise SettingError(f"head_mask: threshold must lie in [0, 1), got {threshold}")
     # For a threshold float32 is exact enough, and copies of a whole volume cost an inferer memory.
     array = as_array(volume, widen=False)
+    array = array.astype(np.float32) if array.dtype == np.bool_ else array
     flat = array.ravel()
     _check_values("volume", flat)
     background, top = _background_and_top(flat)
-    return np.asarray(array > background + threshold * (top - background), dtype=bool)
+    # As a Python number it would be rounded to the type of the array.
+    return np.asarray(array > np.float64(background + threshold * (top - background)), dtype=bool)
 
 
 def head_columns(volume: Volume) -> BoolArray:
@@ -333,7 +338,7 @@ def as_array(value: Volume, *, widen: bool = True) -> npt.NDArray[Any]:
 
     Args:
         value: array or tensor.
-        widen: also copy float32 to float64.
+        widen: copy float32 to float64, too; else it stays as it is.
 
     Example:
         >>> as_array(torch.ones(2, dtype=torch.bfloat16)).dtype
@@ -393,14 +398,17 @@ def _checked_range(data_range: float) -> float:
     return peak
 
 
-def _background_and_top(flat: FloatArray) -> tuple[float, float]:
+def _background_and_top(flat: npt.NDArray[Any]) -> tuple[float, float]:
     minimum, top = float(flat.min()), float(np.percentile(flat, 99.9))
     if top <= minimum:
         # A head of less than a thousandth of the field of view; the maximum is the only scale left.
         top = float(flat.max())
     if top <= minimum:
         raise DataError(f"volume: constant (value {minimum:.6g}), no foreground to find; check the input")
-    counts, edges = np.histogram(flat, bins=256, range=(minimum, top))
+    edges = np.linspace(minimum, top, 257)
+    # In float32 there may be fewer steps than bins; a part at a time, as a copy of the whole costs memory.
+    parts = (flat[k : k + _COUNTED].astype(np.float64) for k in range(0, flat.size, _COUNTED))
+    counts = sum(np.histogram(part, bins=256, range=(minimum, top))[0] for part in parts)
     crowded = int(np.argmax(counts[: len(counts) // 4]))
     if counts[crowded] < BACKGROUND_SHARE * flat.size:
         return minimum, top

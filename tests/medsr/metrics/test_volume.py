@@ -247,9 +247,25 @@ def test_head_mask_of_a_tiny_object():
     assert head_mask(volume).sum() == 1
 
 
-def test_head_mask_faults_are_named():
+@pytest.mark.parametrize("kind", ["f4", ">f4", "f2", "i2", "u1", "tensor"])
+def test_head_mask_is_the_same_for_all_types(ball, kind):
+    volume, inside = ball
+    values = np.rint(volume / 4).astype("f4" if kind == "tensor" else kind)
+    given = torch.from_numpy(values) if kind == "tensor" else values
+    np.testing.assert_array_equal(head_mask(given), inside)
+    np.testing.assert_array_equal(head_mask(inside), inside)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(0.1, 1e4), (1.0, 1e5), (0.002, 1e4)])
+def test_head_mask_of_float32_with_fewer_steps_than_bins(rng, scale, offset):
+    volume = (offset + scale * rng.random((16, 16, 16))).astype(np.float32)
+    np.testing.assert_array_equal(head_mask(volume), head_mask(volume.astype(np.float64)))
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int16, np.bool_])
+def test_head_mask_faults_are_named(kind):
     with pytest.raises(DataError, match="constant"):
-        head_mask(np.zeros((4, 4, 4)))
+        head_mask(np.zeros((4, 4, 4), dtype=kind))
     with pytest.raises(SettingError, match="threshold"):
         head_mask(np.arange(8.0).reshape(2, 2, 2), threshold=1.0)
 
