@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from medsr import catalog
-from medsr.engines.runner import load_weights
+from medsr.engines.weight_files import load_weights
 from medsr.networks.layout import channels_last
 from medsr.networks.slice_sr import SliceSRNet
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import medsr
 from medsr import catalog
-from medsr.engines.runner import load_weights
+from medsr.engines.weight_files import load_weights
 from medsr.errors import MissingExtraError, OutputError, SettingError, WeightsError
 from medsr.io.writing import atomic_path
 from medsr.overrides import unknown_settings
