@@ -344,14 +344,13 @@ def as_array(value: Volume, *, widen: bool = True) -> npt.NDArray[Any]:
         >>> as_array(torch.ones(2, dtype=torch.bfloat16)).dtype
         dtype('float64')
     """
-    kept = (np.bool_,) if widen else (np.bool_, np.float32)
     if isinstance(value, torch.Tensor):
         # float64 and NumPy exist on the CPU only for some accelerators; bfloat16 does not exist in NumPy.
         value = value.detach().cpu()
-        stays = value.dtype == torch.bool or (value.dtype == torch.float32 and not widen)
-        value = np.asarray(value if stays else value.to(torch.float64))
+        value = np.asarray(value if value.dtype in (torch.bool, torch.float32) else value.to(torch.float64))
     array = np.asarray(value)
-    return array if array.dtype in kept else array.astype(np.float64, copy=False)
+    stays = array.dtype == np.bool_ or (array.dtype == np.float32 and not widen)
+    return array if stays else array.astype(np.float64, copy=False)
 
 
 def masked_values(volumes: dict[str, Volume], *, mask: Volume | None) -> tuple[FloatArray, ...]:

@@ -140,7 +140,7 @@ class SliceSRNet(nn.Module):
         self.detail = nn.Conv3d(1 + label_classes, channels[0], 3, padding=1)
         self.detail_blocks = nn.ModuleList(_PlainBlock(channels[0]) for _ in range(2))
         self.fuse = nn.Conv3d(channels[0], channels[0], 3, padding=1)
-        self.to_basis = nn.Conv3d(channels[0], basis, (1, 7, 7), padding=(0, 3, 3), padding_mode="replicate")
+        self.to_basis = nn.Conv3d(channels[0], basis, (1, 7, 7))
         self.condition = nn.Linear(2, channels[0])
         self.apply(_initialise)
         nn.init.zeros_(self.condition.weight)
@@ -283,9 +283,9 @@ class SliceSRNet(nn.Module):
         decoded = F.leaky_relu(self.fuse(detail), 0.2, inplace=True)
         del detail
         with without_autocast(decoded):
-            # By itself the layer would pad a copy of it in float32.
+            # Under autocast, as in a layer with this padding mode, a copy in float32 would be padded.
             decoded = F.pad(decoded, (3, 3, 3, 3, 0, 0), mode="replicate")
-        basis = F.conv3d(decoded, self.to_basis.weight, self.to_basis.bias)[..., start - low : stop - low]
+        basis = self.to_basis(decoded)[..., start - low : stop - low]
         return basis.permute(0, 2, 3, 4, 1).float()
 
     def _condition(self, scale: float, thickness: float, like: Tensor) -> Tensor:

@@ -1,3 +1,5 @@
+"""What the tests of several engines need: a weight file, and the line with which a process ends."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
