@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from medsr.geometry import thin_positions
 from medsr.inferers.precision import Example, checked_precision, choose_planes, choose_precision
+from medsr.inferers.windows import Span, covering
 from medsr.networks.blocks import with_parts
 from medsr.settings import as_flag, as_whole
 
@@ -34,16 +34,8 @@ class _Window(NamedTuple):
 
     thick: slice
     thin: slice
-    tiles: list[tuple[_Tile, _Tile]]
+    tiles: list[tuple[Span, Span]]
     alone: bool
-
-
-class _Tile(NamedTuple):
-    """Along one axis: what a window reads, what of it is kept, and where that belongs."""
-
-    read: slice
-    keep: slice
-    place: slice
 
 
 class SliceGroupInferer(Inferer):
@@ -199,7 +191,8 @@ class SliceGroupInferer(Inferer):
     def _windows(self, stack: Tensor, network: Any, positions: npt.NDArray[np.float64]) -> list[_Window]:
         height, width, depth = stack.shape[-3:]
         slabs = np.clip(np.floor(positions + 0.5).astype(int), 0, depth - 1)
-        tiles = [(row, column) for row in self._tiles(height) for column in self._tiles(width)]
+        rows_of, columns_of = (covering(size, self.tile or size, self.halo) for size in (height, width))
+        tiles = [(row, column) for row in rows_of for column in columns_of]
         rows = tiles[0][0].read.stop - tiles[0][0].read.start
         windows = []
         for first in range(0, depth, self.group):
@@ -218,20 +211,6 @@ class SliceGroupInferer(Inferer):
                     chosen = chosen * 2
                 windows.append(_Window(thick, thin, chosen, alone))
         return windows
-
-    def _tiles(self, size: int) -> list[_Tile]:
-        """Equal windows that cover an axis; each keeps its own share and reads at least ``halo`` around it."""
-        if self.tile is None or size <= self.tile + 2 * self.halo:
-            whole = slice(0, size)
-            return [_Tile(whole, whole, whole)]
-        count = -(-size // self.tile)
-        edges = [round(i * size / count) for i in range(count + 1)]
-        length = min(size, max(b - a for a, b in pairwise(edges)) + 2 * self.halo)
-        tiles = []
-        for start, stop in pairwise(edges):
-            low = min(max(0, start - self.halo), size - length)
-            tiles.append(_Tile(slice(low, low + length), slice(start - low, stop - low), slice(start, stop)))
-        return tiles
 
     def _bar(
         self, what: str, unit: str, windows: list[_Window] | None = None, *, total: int | None = None

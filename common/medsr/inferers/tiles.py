@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medsr.errors import DataError, MedsrError, SettingError
 from medsr.inferers.precision import checked_precision, choose_precision, precision_name
+from medsr.inferers.windows import Span, covering
 from medsr.settings import as_whole
 
 __all__ = ["TileInferer"]
@@ -49,24 +50,11 @@ class _Network(Protocol):
     ) -> list[Tensor]: ...
 
 
-class _Span(NamedTuple):
-    """Along one axis, in pixels of the input: what a window reads, what of it is kept, and where that belongs."""
-
-    read: slice
-    keep: slice
-    place: slice
-
-    @property
-    def margins(self) -> tuple[int, int]:
-        """Pixels that are read only, before and after those that are kept."""
-        return self.keep.start, self.read.stop - self.read.start - self.keep.stop
-
-
 class _Tile(NamedTuple):
     """A window of an image."""
 
-    rows: _Span
-    columns: _Span
+    rows: Span
+    columns: Span
 
     @property
     def border(self) -> tuple[int, int, int, int]:
@@ -227,7 +215,7 @@ class TileInferer(Inferer):
         height, width = image.shape[-2:]
         pixels = height * width * network.scale**2
         if pixels <= self.max_whole:
-            return "whole", [_Tile(*(_spans(size, size, 0)[0] for size in (height, width)))]
+            return "whole", [_Tile(*(covering(size, size, 0)[0] for size in (height, width)))]
         shapes = {"tiles": "exact_halo", "bands": "row_halo"}
         if hasattr(network, "squeeze"):
             shapes |= {"gated tiles": "gated_halo", "gated bands": "gated_row_halo"}
@@ -246,7 +234,7 @@ class TileInferer(Inferer):
         tile = min(self.tile, max(affordable - 2 * halo, _SMALLEST_TILE))
         sides = (tile, width if in_bands else tile)
         rows, columns = (
-            _spans(size, side, halo, multiple=multiple)
+            covering(size, side, halo, multiple=multiple)
             for size, side, multiple in zip((height, width), sides, _multiples(network), strict=True)
         )
         return mode, [_Tile(row, column) for row in rows for column in columns]
@@ -326,25 +314,6 @@ def _padded(image: Tensor, multiples: tuple[int, int]) -> Tensor:
             index = np.pad(np.arange(size), (0, missing), mode="reflect")
             image = image.index_select(axis, torch.as_tensor(index, device=image.device))
     return image
-
-
-def _spans(size: int, tile: int, halo: int, *, multiple: int = 1) -> list[_Span]:
-    """Equal windows that cover an axis; each keeps its own share and reads at least ``halo`` around it."""
-    units, halo = size // multiple, -(-halo // multiple)
-    tile = max(1, tile // multiple)
-    if units <= tile + 2 * halo:
-        whole = slice(0, size)
-        return [_Span(whole, whole, whole)]
-    # Equal shares but for the last: windows with equal margins can share a batch.
-    share = -(-units // -(-units // tile))
-    length = min(units, share + 2 * halo)
-    spans = []
-    for start in range(0, units, share):
-        stop = min(start + share, units)
-        low = min(max(0, start - halo), units - length)
-        parts = ((low, low + length), (start - low, stop - low), (start, stop))
-        spans.append(_Span(*(slice(first * multiple, last * multiple) for first, last in parts)))
-    return spans
 
 
 def _batches(tiles: list[_Tile], size: int) -> list[list[_Tile]]:

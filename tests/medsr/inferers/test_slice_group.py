@@ -104,23 +104,6 @@ def test_no_thin_slice_is_computed_twice(depth, group, ratio):
     assert np.allclose(network.asked, expected, atol=1e-4)
 
 
-@given(size=st.integers(1, 300), tile=st.integers(8, 100), halo=st.integers(0, 40))
-def test_tiles_have_one_size_and_the_halo_that_was_asked_for(size, tile, halo):
-    tiles = inferer(tile=tile, halo=halo)._tiles(size)
-    assert len({one.read.stop - one.read.start for one in tiles}) == 1
-    places = [index for one in tiles for index in range(one.place.start, one.place.stop)]
-    assert places == list(range(size))
-    for one in tiles:
-        assert one.read.start >= 0
-        assert one.read.stop <= size
-        assert one.read.start + one.keep.start == one.place.start
-        assert one.read.start + one.keep.stop == one.place.stop
-        # Either the halo is whole, or the border of the image is where it ends.
-        assert one.place.start - one.read.start >= halo or one.read.start == 0
-        assert one.read.stop - one.place.stop >= halo or one.read.stop == size
-        assert one.read.stop - one.read.start <= tile + 2 * halo
-
-
 def test_windows_are_bounded_in_every_direction():
     network = Positions()
     inferer(group=4, context=2, tile=8, halo=3, batch=2)(ramp(23, (40, 29)), network, scale=2)

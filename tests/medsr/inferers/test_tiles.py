@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from medsr.errors import DataError, MedsrError, SettingError
 from medsr.inferers import precision
 from medsr.inferers import tiles as tiles_module
-from medsr.inferers.tiles import TileInferer, _spans
+from medsr.inferers.tiles import TileInferer
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
@@ -153,25 +153,6 @@ def test_every_pixel_is_written_at_its_place(size, tile, scale, multiple, halo, 
     assert found.dtype == torch.float32
     assert sum(shape[0] for shape in network.windows) == run.facts["tiles"]
     assert len({shape[1:] for shape in network.windows}) == 1
-
-
-@given(
-    units=st.integers(1, 300), tile=st.integers(8, 100), halo=st.integers(0, 40), multiple=st.integers(1, 4)
-)
-def test_spans_have_one_size_and_the_halo_that_was_asked_for(units, tile, halo, multiple):
-    size = units * multiple
-    spans = _spans(size, tile, halo, multiple=multiple)
-    assert len({one.read.stop - one.read.start for one in spans}) == 1
-    assert [index for one in spans for index in range(one.place.start, one.place.stop)] == list(range(size))
-    for one in spans:
-        before, after = one.margins
-        assert one.read.start >= 0
-        assert one.read.stop <= size
-        assert (one.read.start + before, one.read.stop - after) == (one.place.start, one.place.stop)
-        # Either the halo is whole, or the border of the image is where it ends.
-        assert before >= halo or one.read.start == 0
-        assert after >= halo or one.read.stop == size
-        assert not any(edge % multiple for part in one for edge in (part.start, part.stop))
 
 
 def test_tiles_with_equal_margins_share_batches():
