@@ -1,6 +1,6 @@
 """Masks on thin slices from masks drawn on thick ones: every subject left out once, baselines and ablations beside.
 
-    python -m benchmarks.quality.segmentation {tumour,ms_lesion,structures,ventricle} OUT [--data FOLDER] [--ablations]
+    python -m benchmarks.quality.segmentation STUDY OUT [--data FOLDER] [--ablations]
 
 For each subject the whole chain is run without it, by the bundles' own commands: super-resolution learns the masks of
 the others and makes their pseudo data; a network for the thick slices alone is trained, as published; and from it

@@ -54,6 +54,7 @@ _STRUCTURES = {
             "striatum": [5, 6],
             "hippocampus": [8],
             "brain_stem": [13],
+            "cortex": [10],
         },
     ),
     "vxm": Source(
@@ -65,11 +66,21 @@ _STRUCTURES = {
             "striatum": [11, 12, 50, 51],
             "hippocampus": [17, 53],
             "brain_stem": [16],
+            "cortex": [3, 42],
         },
         # Its affine is the identity, and its form that of FreeSurfer's.
         axes="LIA",
     ),
 }
+
+
+def _of(*classes: str) -> dict[str, Source]:
+    """The subjects with structures, some of these alone."""
+    return {
+        case: source._replace(classes={name: (source.classes or {})[name] for name in classes})
+        for case, source in _STRUCTURES.items()
+    }
+
 
 STUDIES: dict[str, dict[str, Source]] = {
     "tumour": {
@@ -86,12 +97,11 @@ STUDIES: dict[str, dict[str, Source]] = {
         )
         for n in ("07", "19")
     },
-    "structures": _STRUCTURES,
-    # One subject is enough to learn what is dark on T1: here thin slices can decide, not what is found at all.
-    "ventricle": {
-        case: source._replace(classes={"ventricle": (source.classes or {})["ventricle"]})
-        for case, source in _STRUCTURES.items()
-    },
+    "structures": _of("ventricle", "thalamus", "striatum", "hippocampus", "brain_stem"),
+    # One subject is enough to learn what is dark on T1, and where grey meets white: here thin slices can decide, not
+    # what is found at all.
+    "ventricle": _of("ventricle"),
+    "cortex": _of("cortex"),
 }
 """Study and case to its files. All cases of a study have the same classes in the same order."""
 
