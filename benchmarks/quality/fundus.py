@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from medsr.engines.image_comparison import DEGRADATION, ImageComparison, image_table
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding, find_images, read_image
+from medsr.io.images import find_images, read_image
 from medsr.io.writing import probe_folder, write_json
 from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop
 from medsr.transforms.field_of_view import field_of_view

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding
 from medsr.io.loading import LoadImageFiled
 from medsr.io.masks import write_mask
 from medsr.io.writing import probe_folder

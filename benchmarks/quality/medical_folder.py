@@ -18,8 +18,8 @@ import torch
 from medsr import catalog
 from medsr.geometry import spacing_of
 from medsr.io.cases import case_name, read_case
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding
 from medsr.io.writing import probe_folder
 from medsr.metrics.volume import head_mask
 from medsr.transforms.intensity import PercentileToUnitd

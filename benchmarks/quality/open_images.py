@@ -16,8 +16,9 @@ import matplotlib
 import skimage.data
 import sklearn.datasets
 import torch
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding, read_image
+from medsr.io.images import read_image
 from medsr.io.writing import probe_folder
 
 from benchmarks.reduced import reduced

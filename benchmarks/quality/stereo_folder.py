@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding
 from medsr.io.loading import LoadImageFiled
 from medsr.io.writing import probe_folder
 from medsr.transforms.stereo import AlignRowsd, EndoVis17Framed, JoinViewsd, SplitViewsd

@@ -21,8 +21,9 @@ SCALE = 4
 def main() -> None:
     """Make both views small, run the bundle, compare with bicubic interpolation."""
     import torch
+    from medsr.io.image_encoding import ImageEncoding
     from medsr.io.image_writing import write_image
-    from medsr.io.images import ImageEncoding, read_image
+    from medsr.io.images import read_image
     from medsr.io.writing import probe_folder
     from medsr.metrics.image import ImageProtocol
     from medsr.transforms.bicubic import BicubicDownsample, bicubic_resize, modcrop

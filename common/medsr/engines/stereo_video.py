@@ -29,8 +29,8 @@ from medsr.errors import DataError, OutputError, SettingError
 from medsr.handlers.case_output import RunReport
 from medsr.inferers.stereo_superres import StereoSuperResInferer
 from medsr.io.cases import input_digest
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding
 from medsr.io.loading import LoadImageFiled
 from medsr.io.stereo import find_stereo_cases
 from medsr.io.video import VIDEO_FORMATS, VideoWriter, is_video, read_frames, read_video_header, write_video

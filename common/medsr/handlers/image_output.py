@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding
 from medsr.transforms.bicubic import bicubic_resize
 
 __all__ = ["image_facts", "pair_facts", "write_result"]

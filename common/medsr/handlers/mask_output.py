@@ -9,8 +9,8 @@ from typing import Any
 from medsr.handlers.image_output import image_facts, pair_facts, write_result
 from medsr.handlers.qc_frame import area_shares, class_overlay
 from medsr.handlers.qc_image import plain
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding
 
 __all__ = ["frame_facts", "segmented_pair_facts", "write_frame_result"]
 

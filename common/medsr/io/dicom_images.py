@@ -18,34 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from medsr.errors import DataError
+from medsr.io.dicom_pixels import DEFLATED, PIXEL_TAGS, refuse_without_decoder, stored_values, transfer_syntax
 
 __all__ = [
-    "DEFLATED",
-    "PIXEL_TAGS",
     "DicomImage",
     "RefusedImage",
     "looks_like_dicom",
     "read_images",
     "read_pixels",
 ]
-
-PIXEL_TAGS = [
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "NumberOfFrames",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "PhotometricInterpretation",
-    "PlanarConfiguration",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "ModalityLUTSequence",
-    "LossyImageCompression",
-]
-"""What the pixels of any DICOM image are decoded by."""
 
 _TAGS = [
     *PIXEL_TAGS,
@@ -63,8 +44,6 @@ _TAGS = [
     "ImageType",
 ]
 _FUNCTIONAL_GROUPS = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
-DEFLATED = b"1.2.840.10008.1.2.1.99"
-"""The transfer syntax whose files are compressed as a whole."""
 
 _INFLATED_LIMIT = 512 * 2**20
 
@@ -346,23 +325,13 @@ def _frames(dataset: Any, name: str) -> list[_Macros]:
 
 
 def _refuse_unreadable_pixels(image: DicomImage, dataset: Any, stopped: int) -> None:
-    from pydicom.pixels import get_decoder
-
-    name, syntax = image.path.name, _syntax(dataset)
+    name, syntax = image.path.name, transfer_syntax(dataset)
     try:
         encapsulated = syntax.is_compressed and not syntax.is_deflated
     except ValueError:
         raise DataError(f"{name}: unknown transfer syntax {syntax}; convert the series") from None
     if encapsulated:
-        try:
-            available = get_decoder(syntax).is_available
-        except NotImplementedError:
-            available = False
-        if not available:
-            raise DataError(
-                f"{name}: no decoder for the transfer syntax {syntax.name} ({syntax}); install pylibjpeg, "
-                "python-gdcm or convert the series"
-            )
+        refuse_without_decoder(name, syntax, "the series")
         return
     if syntax.is_deflated:
         return  # The stop position is that of the inflated copy; the pixels are measured when they are read.
@@ -384,15 +353,6 @@ def _refuse_short(image: DicomImage, found: int) -> None:
             f"{image.path.name}: truncated, {max(found, 0)} bytes of pixel data instead of {expected}; copy "
             "it again"
         )
-
-
-def _syntax(dataset: Any) -> Any:
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
-    syntax = dataset.file_meta.get("TransferSyntaxUID")
-    if syntax is None:
-        syntax = ImplicitVRLittleEndian if dataset.original_encoding[0] else ExplicitVRLittleEndian
-    return syntax
 
 
 def _text(dataset: Any, keyword: str) -> str:
@@ -472,7 +432,7 @@ def _stored(image: DicomImage) -> npt.NDArray[Any]:
     """What the file of an image holds, (frames, rows, columns)."""
     name = image.path.name
     dataset, _ = _dataset(image.path, bool(looks_like_dicom(image.path)), pixels=True)
-    syntax = _syntax(dataset)
+    syntax = transfer_syntax(dataset)
     if "PixelData" not in dataset:
         raise DataError(f"{name}: no pixel data; the file is damaged or cut")
     shape = (image.frames, image.rows, image.columns)
@@ -495,12 +455,7 @@ def _stored(image: DicomImage) -> npt.NDArray[Any]:
 
 def _rescaled(image: DicomImage, stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     padding = _between(stored, image.padding)
-    values = stored.astype(np.int64 if image.bits_allocated == 32 else np.int32)
-    # Some scanners keep overlays in the bits above BitsStored.
-    values &= (1 << image.bits_stored) - 1
-    if image.signed:
-        half = 1 << (image.bits_stored - 1)
-        values = (values ^ half) - half
+    values = stored_values(stored, image.bits_stored, signed=image.signed)
     padding |= _between(values, image.padding)
     if image.photometric == "MONOCHROME1":
         values = (-1 if image.signed else (1 << image.bits_stored) - 1) - values

@@ -13,8 +13,9 @@ import torch
 
 from medsr.errors import DataError
 from medsr.io.cases import refuse_marked
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding, find_images
+from medsr.io.images import find_images
 from medsr.io.loading import LoadImageFiled
 from medsr.io.masks import write_mask
 from medsr.io.writing import probe_folder

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from medsr.errors import OutputError
-from medsr.io.images import ImageEncoding
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.writing import atomic_path
 
 __all__ = ["write_image"]
@@ -42,7 +42,7 @@ def write_image(
     Args:
         path: target ending in ``.png``, ``.tif`` or ``.tiff``, which decides the format.
         values: the pixels; one channel is written as grey, three as RGB.
-        encoding: that of the input, see :meth:`~medsr.io.images.ImageEncoding.magnified`; up to 8 bits are
+        encoding: that of the input, see :meth:`~medsr.io.image_encoding.ImageEncoding.magnified`; up to 8 bits are
             written as 8, more as 16.
         alpha: opacity in [0, 1].
 

@@ -113,7 +113,7 @@ class LoadImageFiled(MapTransform):
 
     The metadata hold ``spatial_shape`` (rows, columns), ``filename_or_obj``, ``notes``, one warning per line, and the
     encoding of the file as text and numbers, which survive the default collate function of a loader:
-    :meth:`medsr.io.images.ImageEncoding.from_meta` gives it back to the writer. The affine is the identity, in
+    :meth:`medsr.io.image_encoding.ImageEncoding.from_meta` gives it back to the writer. The affine is the identity, in
     pixels.
 
     Args:

@@ -12,8 +12,9 @@ from monai.utils import ensure_tuple
 
 from medsr.errors import DataError, OutputError
 from medsr.io.cases import refuse_marked
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding, find_images, read_image, read_image_header, read_palette_indices
+from medsr.io.images import find_images, read_image, read_image_header, read_palette_indices
 
 __all__ = ["find_labelled_frames", "frames_of_groups", "group_of", "read_mask", "write_mask"]
 

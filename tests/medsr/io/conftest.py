@@ -7,11 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from medsr.errors import DataError
+from medsr.io.image_encoding import LoadedImage
+from medsr.io.images import read_image, read_image_header
 
 ROWS, COLUMNS, SLICES = 32, 40, 12
 ROW_SPACING, COLUMN_SPACING, STEP = 1.25, 0.75, 5.0
 ORIGIN = np.array([-20.0, 10.0, 30.0])
 MARKER = "ZZMARKER"
+PHOTOGRAPH = (4 * np.arange(6 * 9, dtype=np.uint8)).reshape(6, 9)
+PHOTOGRAPH = np.stack([PHOTOGRAPH, PHOTOGRAPH[::-1], PHOTOGRAPH[:, ::-1]], axis=-1)
 
 
 def law(x: int, y: int, z: int) -> np.ndarray:
@@ -165,3 +170,76 @@ def oblique():
 @pytest.fixture
 def marker():
     return MARKER
+
+
+@pytest.fixture
+def refused():
+    """The file is refused in one line, and already by its header unless told otherwise."""
+
+    def check(path: Path, fragment: str, *, header: bool = True) -> str:
+        with pytest.raises(DataError, match=fragment) as caught:
+            read_image(path)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert message.startswith(f"{path.name}: ")
+        assert str(path.parent) not in message
+        if header:
+            with pytest.raises(DataError, match=fragment):
+                read_image_header(path)
+        else:
+            read_image_header(path)
+        return message
+
+    return check
+
+
+@pytest.fixture
+def accepted():
+    """The file is read as expected, and its header tells the same."""
+
+    def check(path: Path, expected: np.ndarray, alpha: np.ndarray | None = None) -> LoadedImage:
+        image, header = read_image(path), read_image_header(path)
+        assert image.values.dtype == np.float32
+        assert image.values.flags.c_contiguous
+        np.testing.assert_array_equal(image.values, expected)
+        assert (image.alpha is None) == (alpha is None)
+        if alpha is not None:
+            np.testing.assert_array_equal(image.alpha, alpha)
+        assert (header.size, header.channels) == (image.values.shape[1:], len(image.values))
+        assert (header.encoding, header.notes) == (image.encoding, image.notes)
+        assert header.has_alpha == (alpha is not None)
+        return image
+
+    return check
+
+
+@pytest.fixture
+def photo(tmp_path, marker):
+    """Write a DICOM photograph; ``edit(dataset)`` changes it in place, ``attributes`` are set before."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, OphthalmicPhotography8BitImageStorage
+
+    def build(pixels=PHOTOGRAPH, edit=None, *, name="a.dcm", **attributes) -> Path:
+        pixels = np.asarray(pixels)
+        bits = 8 * pixels.dtype.itemsize
+        ds = Dataset()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.SOPClassUID, ds.SOPInstanceUID = OphthalmicPhotography8BitImageStorage, "1.2.3.4"
+        ds.PatientName, ds.PatientID, ds.StudyDescription = f"{marker}^Name", marker, marker
+        ds.Rows, ds.Columns = pixels.shape[:2]
+        ds.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
+        ds.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
+        if pixels.ndim == 3:
+            ds.PlanarConfiguration = 0
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit = bits, bits, bits - 1
+        ds.PixelRepresentation = int(pixels.dtype.kind == "i")
+        ds.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
+        for keyword, value in attributes.items():
+            setattr(ds, keyword, value)
+        if edit is not None:
+            edit(ds)
+        ds.save_as(tmp_path / name, enforce_file_format=True)
+        return tmp_path / name
+
+    return build

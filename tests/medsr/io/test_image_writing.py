@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from medsr.errors import OutputError
 from medsr.io import image_writing as module
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding, read_image
+from medsr.io.images import read_image
 from PIL import Image, PngImagePlugin
 
 RAMP = np.linspace(0, 1, 70, dtype=np.float32).reshape(1, 7, 10)
@@ -219,7 +220,7 @@ import resource, sys
 import numpy as np
 from medsr.errors import OutputError
 from medsr.io.image_writing import write_image
-from medsr.io.images import ImageEncoding
+from medsr.io.image_encoding import ImageEncoding
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 noise = np.random.default_rng(0).random((3, 200, 200), dtype=np.float32)
 for name in ("a.png", "b.tif"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from medsr.errors import DataError, GeometryError, SettingError
-from medsr.io.images import ImageEncoding
+from medsr.io.image_encoding import ImageEncoding
 from medsr.io.loading import LoadImageFiled, LoadVolumed, loaded_name
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.transforms import Compose, Orientationd
