@@ -9,6 +9,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,27 @@ _QUOTED_PATH = re.compile(r"""(['"])[^'"]*[/\\]([^'"/\\]*)\1""")
 
 
 class RunConditions:
-    """Versions, device, SHA-256 of weights and configs, and the settings of a run.
+    """Bundle, versions, device, SHA-256 of weights and configs, and the settings of a run.
 
     File names appear, folders do not: a path may name a patient.
 
     Args:
         settings: the settings of the run that shape the result; of a file that one names the SHA-256 is recorded. What
             was asked for inside components, such as ``inferer::tile``, is added.
-        config_files: configs whose SHA-256 is recorded, beside those that were asked for.
+        config_files: configs whose SHA-256 is recorded, beside those that were asked for; ``metadata.json`` beside them
+            tells the bundle.
         weights: weight file whose SHA-256 is recorded, or several by the name under which that is done.
 
     Attributes:
         device: where the run computes; who runs it knows.
         settings: as they are recorded.
+        bundle: its name and version, None where no config belongs to one.
         hashes: SHA-256 by file name, or by the name that was given for a weight file.
         named: names of the files that settings name.
 
     Example:
         >>> sorted(RunConditions({"scale": 4}).as_plain())
-        ['device', 'settings', 'sha256', 'threads', 'versions']
+        ['bundle', 'device', 'settings', 'sha256', 'threads', 'versions']
     """
 
     def __init__(
@@ -61,12 +64,15 @@ class RunConditions:
         self.named = {file.name for file in named}
         files = {**{Path(p).name: p for p in (*config_files, *asked()[0], *named)}, **by_name}
         self.hashes = {name: _sha256(path) for name, path in files.items()}
+        self.bundle = _bundle([Path(path).parent for path in config_files])
 
     def as_plain(self) -> dict[str, Any]:
         """All of it as JSON gives it back: tuples become lists, for example."""
         conditions = {
+            "bundle": self.bundle,
             "versions": {
                 "medsr": medsr.__version__,
+                **{name: version(name) for name in ("monai", "numpy")},
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
@@ -77,6 +83,15 @@ class RunConditions:
         }
         plain: dict[str, Any] = json.loads(json.dumps(conditions, default=str))
         return plain
+
+
+def _bundle(folders: Sequence[Path]) -> dict[str, str] | None:
+    """The bundle that configs in these folders belong to."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+            return {"name": folder.parent.name, "version": str(found.get("version"))}
+    return None
 
 
 def _is_file(text: str) -> bool:

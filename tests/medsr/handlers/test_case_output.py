@@ -240,7 +240,7 @@ def test_the_report_holds_geometry_warnings_and_hashes(tmp_path):
         "inference.json": hashlib.sha256(b"{}").hexdigest(),
         "model.pt": hashlib.sha256(b"w").hexdigest(),
     }
-    assert set(found["versions"]) == {"medsr", "torch", "python"}
+    assert set(found["versions"]) == {"medsr", "monai", "numpy", "torch", "python"}
     assert found["cases"]["b"] == {"status": "failed", "reason": "b.nii.gz: truncated"}
     case = found["cases"]["a"]
     assert case["input"] == "a.nii.gz"
