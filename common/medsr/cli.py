@@ -236,7 +236,8 @@ def _convert_data_set(arguments: argparse.Namespace) -> None:
 
 def _convert_weights(arguments: argparse.Namespace) -> None:
     if not arguments.source.is_file():
-        raise DataError(f"{arguments.source}: there is no such file")
+        found = "is a folder; give the file" if arguments.source.is_dir() else "there is no such file"
+        raise DataError(f"{arguments.source}: {found}")
     with _hushed(quiet=True, verbose=arguments.verbose):
         import torch
 
