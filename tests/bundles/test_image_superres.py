@@ -266,7 +266,7 @@ def test_bad_files_do_not_stop_the_others(medsr_here, tmp_path, random_weights):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [FMEN_NAME, SRGAN_NAME])
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_of_another_scale_are_refused(medsr_here, sharp, tmp_path, random_weights, name):
     out = tmp_path / "out"
     settings = (*tiny(name, "inference.json"), f"weights={random_weights(name, scale=2)}")

@@ -258,8 +258,8 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, content in (("metadata", {}), ("inference", settings), ("x3", overlay)):
         (root / "configs" / f"{name}.json").write_text(json.dumps(content))
     lines = []
-    for file in ("model.pt", "x3/model.pt"):
-        torch.save(used(VDSR(layers=3, features=8)).state_dict(), root / "models" / file)
+    for file, scale in (("model.pt", 2), ("x3/model.pt", 3)):
+        torch.save(used(VDSR(scale, layers=3, features=8)).state_dict(), root / "models" / file)
         lines.append(f"{hashlib.sha256((root / 'models' / file).read_bytes()).hexdigest()}  {file}")
     (root / "models" / "SHA256SUMS").write_text("\n".join(lines) + "\n")
     monkeypatch.setenv("MEDSR_BUNDLES", str(root.parent))
@@ -297,7 +297,7 @@ def test_the_command_exports_a_bundle(bundle: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_command_takes_other_weights(bundle: Path, tmp_path: Path) -> None:
-    torch.save(used(VDSR(layers=3, features=8)).state_dict(), tmp_path / "mine.pt")
+    torch.save(used(VDSR(2, layers=3, features=8)).state_dict(), tmp_path / "mine.pt")
     assert cli.main(["export", bundle.name, "-o", "net.onnx", "--weights", "mine.pt"]) == 0
     network, _ = bundle_network(bundle, weights="mine.pt")
     image = np.float32(np.random.default_rng(0).random((1, 3, 6, 9)))

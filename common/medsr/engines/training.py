@@ -238,6 +238,9 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     unknown = [key for key in state if key not in own]
     if unknown:
         raise WeightsError(f"{name}: unknown tensor '{unknown[0]}'; made for another network")
+    # What the weights become is for this network, whatever they were trained for.
+    told = tuple(getattr(network, "told_tensors", ()))
+    state = {key: tensor for key, tensor in state.items() if key not in told}
     if getattr(network, "label_classes", 0):
         state = {key: _with_zeros(tensor, own[key].shape) for key, tensor in state.items()}
     if getattr(network, "grey_from_colour", False) and network.in_channels == 1:
@@ -254,7 +257,7 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
             f"{name}: '{wrong[0]}' has another shape than in this network; check scale and widths"
         )
     network.load_state_dict(state, strict=False)
-    _log.info("%s: %d tensors keep their initial values", name, len(own) - len(state))
+    _log.info("%s: %d tensors keep their initial values", name, len(own) - len(told) - len(state))
 
 
 def _with_zeros(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from medsr import catalog
@@ -15,6 +17,8 @@ from medsr.networks.checkpoints import read_state
 
 __all__ = ["check_weights", "compared_weights", "load_weights", "named_networks"]
 
+_log = logging.getLogger(__name__)
+
 _METHODS = {"bicubic", "lanczos", "perfect thick mask", "sharp"}
 """Names that the tables of evaluations have for what is no network."""
 
@@ -23,7 +27,9 @@ _METHODS = {"bicubic", "lanczos", "perfect thick mask", "sharp"}
 def check_weights(path: str | Path | None, network: nn.Module) -> None:
     """Say in one line why a weight file cannot be used: missing, damaged, or made for another network.
 
-    A digest in ``SHA256SUMS`` beside the file is compared: one flipped bit loads without a complaint.
+    A digest in ``SHA256SUMS`` beside the file is compared: one flipped bit loads without a complaint. Tensors that a
+    network names in ``told_tensors`` say what weights were trained for where their shapes do not, such as the scale:
+    they must be equal. Files without them are taken at the word of the settings, with a warning.
 
     Args:
         path: plain state dict.
@@ -48,12 +54,18 @@ def _fitting_state(path: str | Path | None, network: nn.Module) -> dict[str, Ten
     if not file.is_file():
         # The last folder tells the sets of a bundle apart, of which some are only for users to train.
         named = "/".join(file.parts[-2:])
-        raise WeightsError(f"{named}: no such weight file; give the path of one")
+        found = "a folder, no weight file" if file.is_dir() else "no such weight file"
+        raise WeightsError(f"{named}: {found}; give the path of one")
     if file.parent.name == "models":
         catalog.verify_weights(file.parent.parent, f"models/{file.name}")
     elif (file.parent / "SHA256SUMS").exists() and file.name in catalog.listed_digests(file.parent):
         catalog.verify_weights(file.parent, file.name)
     state, wanted = read_state(file), network.state_dict()
+    told = tuple(getattr(network, "told_tensors", ()))
+    for key in told:
+        if key not in state:
+            _log.warning("%s does not tell its %s: taken for %s", file.name, _word(key), wanted[key].item())
+            state[key] = wanted[key]
     if set(state) != set(wanted):
         raise WeightsError(
             f"{file.name}: made for another network; give the settings of its training (see train_record.json beside "
@@ -65,7 +77,18 @@ def _fitting_state(path: str | Path | None, network: nn.Module) -> dict[str, Ten
             f"{file.name}: '{wrong[0]}' has shape {tuple(state[wrong[0]].shape)}, this network needs "
             f"{tuple(wanted[wrong[0]].shape)}; give the settings of its training, such as scale and width"
         )
+    for key in told:
+        if not torch.equal(state[key], wanted[key].to(state[key])):
+            raise WeightsError(
+                f"{file.name}: trained for {_word(key)} {state[key].item()}, and this network has "
+                f"{wanted[key].item()}; give the settings of its training, or weights for this {_word(key)}"
+            )
     return state
+
+
+def _word(key: str) -> str:
+    """What a tensor tells of, as a setting is called."""
+    return key.removeprefix("trained_")
 
 
 @one_line_errors

@@ -64,6 +64,8 @@ def load_checkpoint(file: Path, *, kind: str) -> dict[str, Tensor]:
 
 
 def _read(file: Path) -> Any:
+    if file.is_dir():
+        raise WeightsError(f"{file.name}: a folder; give the path of a weight file in it")
     if not file.is_file():
         raise WeightsError(f"{file.name}: no such weight file; give the path of one")
     try:

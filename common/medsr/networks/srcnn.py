@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from medsr.errors import SettingError
@@ -23,10 +24,10 @@ _WIDTHS = (64, 32)
 class SRCNN(nn.Module):
     """Maps the bicubic enlargement of an image to a sharper one by three convolutions: extract, map, reconstruct.
 
-    The enlargement is part of the network: input is the coarse image. It has no weights, so one state dict fits
-    every scale. The paper's convolutions lose their border; zero padding keeps the size here, and a border of
-    ``sum(k // 2)`` pixels, 6 for 9-1-5, is worse than the rest. MONAI has no such network, and its ``UpSample``
-    another bicubic kernel.
+    The enlargement is part of the network: input is the coarse image. No weight depends on the scale, so the state
+    dict tells which one it is for (``trained_scale``). The paper's convolutions lose their border; zero padding keeps
+    the size here, and a border of ``sum(k // 2)`` pixels, 6 for 9-1-5, is worse than the rest. MONAI has no such
+    network, and its ``UpSample`` another bicubic kernel.
 
     The weights start with PyTorch's initialisation. With the paper's standard deviation of 0.001 the gradients start
     near nothing: on drawn shapes it was 3 dB behind after 400 iterations of Adam.
@@ -57,6 +58,9 @@ class SRCNN(nn.Module):
 
     size_multiple = 1
 
+    told_tensors = ("trained_scale",)
+    """What the weights say of themselves, see :func:`medsr.engines.weight_files.check_weights`."""
+
     half_precision_safe = False
     """No skip carries the image past the convolutions: bfloat16 would round the intensities themselves, by up to
     half a grey level of 256."""
@@ -67,6 +71,7 @@ class SRCNN(nn.Module):
             raise SettingError(f"kernels must be three odd numbers, such as 9, 1, 5, got {list(kernels)}")
         self.upsample = BicubicUpsample(scale)
         self.scale, self.in_channels = self.upsample.scale, int(channels)
+        self.register_buffer("trained_scale", torch.tensor(self.scale))
         self.exact_halo = self.upsample.halo(sum(k // 2 for k in kernels))
         widths = (channels, *_WIDTHS, channels)
         self.extract, self.map, self.reconstruct = (

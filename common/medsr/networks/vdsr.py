@@ -24,9 +24,9 @@ class VDSR(nn.Module):
     """Adds to the bicubic enlargement of an image what twenty convolutions on the fine grid find missing.
 
     All convolutions are 3 x 3 with zero padding and, but for the last, a ReLU. The enlargement is part of the
-    network: input is the coarse image. It has no weights, so one state dict serves every scale, and a network that
-    was trained on several scales can be loaded at each of them. Weights start as in the paper, from a normal
-    distribution that keeps the variance before a ReLU.
+    network: input is the coarse image. No weight depends on the scale, so the state dict tells which one it is for
+    (``trained_scale``): at another one the result is worse than interpolation. Weights start as in the paper, from a
+    normal distribution that keeps the variance before a ReLU.
 
     Everything runs on the fine grid, which makes it costly: 667,000 multiplications per pixel of the result, and 512
     bytes of features. MONAI has no such network, and its ``UpSample`` another bicubic kernel.
@@ -65,6 +65,9 @@ class VDSR(nn.Module):
     grey_from_colour = True
     """Its weights for colour are a start for grey images, see :func:`~medsr.networks.checkpoints.as_grey`."""
 
+    told_tensors = ("trained_scale",)
+    """What the weights say of themselves, see :func:`medsr.engines.weight_files.check_weights`."""
+
     half_precision_safe = True
     """bfloat16 touches the residual only; the enlargement and the sum stay in float32. float16 is not tested."""
 
@@ -83,6 +86,7 @@ class VDSR(nn.Module):
         channels, features = as_wholes(1, channels=channels, features=features)
         self.upsample = BicubicUpsample(scale)
         self.scale, self.in_channels = self.upsample.scale, channels
+        self.register_buffer("trained_scale", torch.tensor(self.scale))
         # One pixel of the fine grid per convolution.
         self.exact_halo = self.upsample.halo(layers)
         self.body = nn.Sequential()

@@ -272,6 +272,15 @@ def test_weights_of_another_task_start_all_but_its_tensors(tmp_path: Path, capsy
     assert torch.equal(started["encoder.conv1.weight"], binary.encoder.conv1.weight)
 
 
+def test_a_start_from_another_scale_keeps_the_word_of_its_own(tmp_path):
+    torch.save(VDSR(2, layers=3, features=8).state_dict(), tmp_path / "x2.pt")
+    network = start_from(tmp_path / "x2.pt", VDSR(4, layers=3, features=8))
+    assert network.trained_scale == 4
+    assert torch.equal(
+        network.body[0].weight, torch.load(tmp_path / "x2.pt", weights_only=True)["body.0.weight"]
+    )
+
+
 @torch.inference_mode()
 def test_weights_of_one_scale_start_another_as_the_same_image(tmp_path: Path) -> None:
     build = partial(FMEN, features=8, mid_features=6, down_blocks=1, up_blocks=(1, 1), fused=True)

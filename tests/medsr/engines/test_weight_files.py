@@ -67,6 +67,31 @@ def test_weights_without_a_list_of_digests_are_accepted(tmp_path):
     check_weights(tmp_path / "own.pt", network())
 
 
+class Told(nn.Linear):
+    """Says what it was trained for."""
+
+    told_tensors = ("trained_scale",)
+
+    def __init__(self, scale: int) -> None:
+        super().__init__(2, 3)
+        self.register_buffer("trained_scale", torch.tensor(scale))
+
+
+def test_weights_that_tell_another_scale_are_refused(tmp_path, refused):
+    torch.save(Told(4).state_dict(), tmp_path / "own.pt")
+    check_weights(tmp_path / "own.pt", Told(4))
+    assert "own.pt: trained for scale 4, and this network has 2; give" in refused(
+        tmp_path / "own.pt", Told(2)
+    )
+
+
+def test_weights_that_do_not_tell_are_taken_at_the_word_of_the_settings(tmp_path, caplog):
+    torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "own.pt")
+    net = load_weights(tmp_path / "own.pt", Told(2))
+    assert net.trained_scale == 2
+    assert "own.pt does not tell its scale: taken for 2" in caplog.text
+
+
 def test_no_weight_file_says_what_to_set(failure):
     code, line = failure(check_weights, "", network())
     assert code == WeightsError.exit_code
@@ -75,6 +100,8 @@ def test_no_weight_file_says_what_to_set(failure):
 
 def test_a_weight_file_that_is_missing(tmp_path, refused):
     assert "model.pt: no such weight file; give the path" in refused(tmp_path / "model.pt")
+    (tmp_path / "models").mkdir()
+    assert "models: a folder, no weight file; give the path" in refused(tmp_path / "models")
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", None])

@@ -28,6 +28,10 @@ def test_the_size_is_the_published_one(channels, kernels, expected):
     assert sum(p.numel() for p in SRCNN(4, channels, kernels=kernels).parameters()) == expected
 
 
+def test_the_state_tells_the_scale():
+    assert [seeded(scale).state_dict()["trained_scale"].item() for scale in (2, 3)] == [2, 3]
+
+
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize(("channels", "size"), [(3, (5, 8)), (1, (1, 1))])
 @torch.inference_mode()
