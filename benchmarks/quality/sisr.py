@@ -65,9 +65,12 @@ Time: median of {rounds} rounds in turns, {threads} thread(s) of {machine}, torc
 per megapixel of the result. Memory: peak above what network and image take, for the same image.
 GMAC: for 256 x 256 pixels in.
 The networks run through the inferer of the bundles; this machine is faster with bfloat16: {bfloat16}.
+`precision` is what the inferer chose for that image; times include the trial by which it does.
 Parameters are those of what runs: neither a discriminator nor the training form of FMEN is counted. SE-GAN learnt
 from fundus photographs. A GAN trades decibels for texture: its PSNR does not rank it. `SRGAN` is SRResNet trained
 on for some minutes with L1 + 0.005 times a relativistic average adversarial loss, without the paper's feature loss.
+The trainings of what is shipped were not equally long; after equal minutes the networks are compared in
+`results-equal-minutes.md`.
 
 """
 
@@ -94,7 +97,7 @@ def compare(folder: Path, *, report: Path | None, out: Path | None, rounds: int 
     """
     if out is not None and out.resolve().is_relative_to(ROOT):
         raise SettingError(f"{out}: the images belong to others; choose a folder outside of the repository")
-    sharp = {case["case"]: _read(case["image"]) for case in find_images(str(folder))}
+    sharp = {case["case"]: read_sharp(case["image"]) for case in find_images(str(folder))}
     low = {name: BicubicDownsample(SCALE, rounding="between")(image) for name, image in sharp.items()}
     networks, missing = shipped_networks()
     methods = {name: restorer(network) for name, network in {BICUBIC: None, **networks}.items()}
@@ -125,7 +128,7 @@ def compare(folder: Path, *, report: Path | None, out: Path | None, rounds: int 
             **scores(results[method], sharp),
         }
         if method in networks:
-            row |= _size(networks[method])
+            row |= {**_size(networks[method]), "precision": used_precision(networks[method], low[timed])}
     text = _page(rows, sharp, rounds=rounds, timed=timed)
     print(text)
     if report is not None:
@@ -172,6 +175,13 @@ def restorer(network: nn.Module | None) -> Restore:
     return lambda image: infer(image[None], network)[0]
 
 
+def used_precision(network: nn.Module, image: Tensor) -> str:
+    """Precision that the inferer of the bundles chooses for a coarse image ``(3, H, W)``."""
+    infer = TileInferer()
+    infer(image[None], network)
+    return str(infer.facts["precision"])
+
+
 def measured(method: str, height: int, width: int) -> Callable[[], object]:
     """What is measured in a process of its own: a method, warmed up on a small image."""
     restore = restorer(None if method == BICUBIC else shipped(method))
@@ -197,6 +207,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "output",
         "parameters",
         "GMAC",
+        "precision",
         "s",
         "s/Mpx",
         "peak MiB",
@@ -213,6 +224,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 *(" x ".join(map(str, row[side])) for side in ("input", "output")),
                 f"{row['parameters']:,}" if "parameters" in row else "-",
                 f"{row['gmac']:.1f}" if "gmac" in row else "-",
+                row.get("precision", "-"),
                 f"{row['seconds']:.3f}",
                 f"{row['seconds_per_megapixel']:.2f}",
                 "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
@@ -263,7 +275,8 @@ def literature_bicubic(sharp: Mapping[str, Tensor]) -> tuple[float, float]:
     return found["psnr_db"], found["ssim"]
 
 
-def _read(path: str) -> Tensor:
+def read_sharp(path: str) -> Tensor:
+    """An image as ``(3, H, W)``, its sides multiples of the scale."""
     return modcrop(torch.from_numpy(read_image(path).values), SCALE).expand(3, -1, -1)
 
 
