@@ -9,6 +9,7 @@ wide as the largest disparity and half as much again: 32 x 160 pixels of the coa
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -261,12 +262,16 @@ class RandDisparityd(RandomizableTransform, MapTransform):
     is made up; crops rarely show both. MONAI has no such transform.
 
     A scene without relief has one disparity, and matching is guessing a number. With relief, disparities change
-    smoothly over the image; they are whole pixels everywhere, so that the moved view is as sharp as the other one.
+    smoothly over the image. As whole pixels they leave the moved view as sharp as the other one, but show the same
+    places: two cameras never do. With ``subpixel`` the moved view is interpolated, by Keys' cubic convolution.
 
     Args:
         keys: pairs, which all get the same.
         largest: largest disparity that is drawn, in pixels of the pair; both signs are.
         relief: by how many pixels disparities may differ from the one that was drawn, on either side.
+        subpixel: disparities are any numbers, not whole ones.
+        rows: by how many pixels the rows of the right view may lie higher or lower: rectified to a fraction of a
+            pixel is what real pairs are. Rows beyond the image repeat its first or last one.
         exposure: by which share the right view may become brighter or darker, as two cameras differ; values stay in
             [0, 1].
         noise: largest standard deviation of the noise that only the right view has: two cameras have noise of their
@@ -277,13 +282,16 @@ class RandDisparityd(RandomizableTransform, MapTransform):
         ``(2C, H, W)`` to the same.
 
     Raises:
-        SettingError: if ``largest``, ``relief`` or ``noise`` is negative, or ``exposure`` is not in [0, 1).
+        SettingError: if ``largest``, ``relief``, ``rows`` or ``noise`` is negative, or ``exposure`` is not in [0, 1).
 
     Example:
         >>> single = torch.arange(8.0).repeat(2, 1, 1)
         >>> moved = RandDisparityd("image", 3).set_random_state(1)({"image": single})["image"]
         >>> torch.equal(moved[0], single[0]), torch.equal(moved[1], single[1])
         (True, False)
+
+    Reference:
+        doi:10.1109/TASSP.1981.1163711 (cubic convolution)
     """
 
     def __init__(
@@ -292,6 +300,8 @@ class RandDisparityd(RandomizableTransform, MapTransform):
         largest: int,
         *,
         relief: int = 0,
+        subpixel: bool = False,
+        rows: float = 0.0,
         exposure: float = 0.0,
         noise: float = 0.0,
         allow_missing_keys: bool = False,
@@ -299,29 +309,32 @@ class RandDisparityd(RandomizableTransform, MapTransform):
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, 1.0)
         self.largest, self.relief = as_wholes(0, largest=largest, relief=relief)
+        self.subpixel, self.rows = as_flag("subpixel", subpixel), as_number("rows", rows)
         self.exposure, self.noise = as_number("exposure", exposure), as_number("noise", noise)
         if not 0 <= self.exposure < 1:
             raise SettingError(f"exposure must be in [0, 1), got {exposure}")
-        if self.noise < 0:
-            raise SettingError(f"noise must be >= 0, got {noise}")
+        for name, value in {"rows": self.rows, "noise": self.noise}.items():
+            if value < 0:
+                raise SettingError(f"{name} must be >= 0, got {value:g}")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Move the right views."""
         result = dict(data)
-        disparity = self.R.randint(-self.largest, self.largest + 1)
+        disparity = self._disparity()
         seed = self.R.randint(2**31) if self.relief or self.noise else 0
+        down = self.R.uniform(-self.rows, self.rows) if self.rows else 0.0
         gain = 1 + self.R.uniform(-self.exposure, self.exposure) if self.exposure else 1.0
         sigma = self.R.uniform(0, self.noise) if self.noise else 0.0
         for key in self.key_iterator(result):
             left, right = result[key].chunk(2)
             if not torch.equal(left, right):
                 continue
+            height, width = right.shape[1:]
+            columns = torch.full((height, width), float(disparity))
             if self.relief:
-                height, width = right.shape[1:]
-                columns = torch.arange(width) + disparity + _relief(self.relief, (height, width), seed)
-                right = right.gather(2, (columns % width).to(right.device).expand_as(right))
-            else:
-                right = right.roll(-disparity, 2)
+                field = _relief(self.relief, (height, width), seed)
+                columns += field if self.subpixel else field.round()
+            right = _moved(right, columns, down)
             if gain != 1 or sigma:
                 seeded = torch.Generator().manual_seed(int(seed))
                 own = sigma * torch.randn(right.shape, generator=seeded).to(right) if sigma else 0
@@ -329,14 +342,50 @@ class RandDisparityd(RandomizableTransform, MapTransform):
             result[key] = torch.cat([left, right])
         return result
 
+    def _disparity(self) -> float:
+        if self.subpixel:
+            return self.R.uniform(-self.largest, self.largest)
+        return self.R.randint(-self.largest, self.largest + 1)
+
+
+def _moved(view: Tensor, columns: Tensor, rows: float) -> Tensor:
+    """The view at places so many columns further right, around its sides, and rows further down, to its last one.
+
+    ``torch.nn.functional.grid_sample`` was considered; its sides do not meet.
+    """
+    height, width = view.shape[1:]
+    across, below = columns.floor(), math.floor(rows)
+    moved = view
+    if rows:
+        first = torch.arange(height) + below
+        moved = torch.zeros_like(view)
+        for step, weight in enumerate(_cubic(torch.tensor(rows - below)), -1):
+            moved += weight * view[:, (first + step).clamp(0, height - 1)]
+    start = torch.arange(width) + across.long()
+    if torch.equal(across, columns):
+        return moved.gather(2, (start % width).to(view.device).expand_as(view))
+    result = torch.zeros_like(view)
+    for step, weight in enumerate(_cubic(columns - across), -1):
+        result += weight.to(view) * moved.gather(2, ((start + step) % width).to(view.device).expand_as(view))
+    return result
+
+
+def _cubic(part: Tensor) -> tuple[Tensor, ...]:
+    """Weights of the sample before a place, of the one it is past by a part of a pixel, and of the two after."""
+    square, cube = part**2, part**3
+    before = (-cube + 2 * square - part) / 2
+    own = (3 * cube - 5 * square + 2) / 2
+    after = (-3 * cube + 4 * square + part) / 2
+    return before, own, after, 1 - before - own - after
+
 
 def _relief(largest: int, size: tuple[int, int], seed: int) -> Tensor:
-    """Whole numbers from ``-largest`` to ``largest`` that change smoothly from row to row and column to column."""
+    """Numbers from ``-largest`` to ``largest`` that change smoothly from row to row and column to column."""
     seeded = torch.Generator().manual_seed(int(seed))
     knots = [2 + length // _RELIEF_PX for length in size]
     heights = torch.rand(1, 1, *knots, generator=seeded).mul_(2).sub_(1)
     field = F.interpolate(heights, size=size, mode="bilinear", align_corners=True)
-    return (largest * field[0, 0]).round().long()
+    return largest * field[0, 0]
 
 
 class RandChannelOrderd(RandomizableTransform, MapTransform):

@@ -198,6 +198,43 @@ def test_disparities_of_a_made_up_scene_change_smoothly_in_whole_pixels():
     assert min(spread) > relief / 2
 
 
+def test_places_between_pixels_are_seen_as_a_camera_sees_them():
+    height, width = 40, 120
+    ramps = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).float()
+    waves = texture(height, width)
+    waves[:, :2] *= 0.6
+    scene = seen(waves, height, width)
+    data = {"image": ramps.repeat(2, 1, 1), "label": scene.repeat(2, 1, 1)}
+    transform = RandDisparityd(["image", "label"], 9, subpixel=True, rows=1.5).set_random_state(0)
+    places = []
+    for _ in range(12):
+        drawn = transform(data)
+        row, column = ((drawn["image"][2:] - ramps)[:, 20, width // 2]).tolist()
+        inner = (slice(3, -3), slice(12, -12))
+        # The same place everywhere: ramps are met exactly.
+        assert (drawn["image"][2:] - ramps)[0][inner] == pytest.approx(row, abs=1e-4)
+        assert (drawn["image"][2:] - ramps)[1][inner] == pytest.approx(column, abs=1e-4)
+        expected = seen(waves, height, width, row=row, column=column)[0][inner]
+        assert float((drawn["label"][1][inner] - expected).std() / expected.std()) < 0.06
+        assert torch.equal(drawn["label"][0], scene[0])
+        places.append((row, column))
+    rows, columns = (torch.tensor(one) for one in zip(*places, strict=True))
+    assert 0.7 < float(rows.abs().max()) <= 1.5
+    assert 5 < float(columns.abs().max()) <= 9
+    assert min(float((one - one.round()).abs().max()) for one in (rows, columns)) > 0.3
+    assert float(rows.min()) < 0 < float(rows.max())
+
+
+def test_relief_between_pixels_is_smooth():
+    columns = torch.arange(260.0).expand(1, 130, 260)
+    transform = RandDisparityd("image", 0, relief=6, subpixel=True).set_random_state(0)
+    disparity = (transform({"image": columns.repeat(2, 1, 1)})["image"][1] - columns[0])[:, 12:-12]
+    assert float(disparity.max() - disparity.min()) > 3
+    assert float(disparity.abs().max()) <= 6
+    assert max(float(disparity.diff(dim=axis).abs().max()) for axis in (0, 1)) < 0.3
+    assert not torch.equal(disparity, disparity.round())
+
+
 def test_cameras_differ_in_exposure():
     view = taken(0, 0)[:3]
     transform = RandDisparityd(["image", "label"], 0, exposure=0.2).set_random_state(0)
@@ -225,6 +262,8 @@ def test_cameras_have_noise_of_their_own():
     ("settings", "message"),
     [
         ({"largest": 4, "noise": -0.1}, "noise must be >= 0, got -0.1"),
+        ({"largest": 4, "rows": -0.5}, "rows must be >= 0, got -0.5"),
+        ({"largest": 4, "subpixel": "perhaps"}, "subpixel must be true or false"),
         ({"largest": -1}, "largest must be a whole number >= 0, got -1"),
         ({"largest": 4, "relief": -2}, "relief must be a whole number >= 0, got -2"),
         ({"largest": 4, "exposure": 1.0}, r"exposure must be in \[0, 1\), got 1.0"),
