@@ -106,7 +106,7 @@ def test_a_report_keeps_the_cases_of_earlier_runs_with_the_same_settings(tmp_pat
 
 @pytest.mark.parametrize(
     ("study", "seen"),
-    [("tumour", []), ("ms_lesion", ["ms-07"]), ("structures", ["vxm"]), ("ventricle", ["vxm"])],
+    [("tumour", []), ("ms_lesion", ["ms-07"]), ("structures", ["vxm"]), ("cortex", ["vxm"])],
 )
 def test_pages_name_the_cases_that_the_chain_s_start_had_seen(commands, tmp_path, monkeypatch, study, seen):
     assert segmentation.seen_before(study) == seen

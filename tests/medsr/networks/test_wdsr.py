@@ -103,3 +103,9 @@ def test_gradients_reach_every_parameter():
 def test_a_scale_too_small_is_named(scale):
     with pytest.raises(SettingError, match=f"{scale:g}"):
         PlaneSRNet(scale)
+
+
+@torch.inference_mode()
+def test_weights_and_results_are_those_of_the_last_release(same_as_released):
+    network = tiny(2.5, trained=True)
+    same_as_released("wdsr", {"": network}, network(planes()), centre=(6, 9))
