@@ -15,19 +15,22 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
+import medsr
 from medsr import metrics
 from medsr.engines.adaptation import AdaptingInferer
 from medsr.engines.case_comparison import CaseComparison, thick_parameters
 from medsr.engines.self_training import SelfTraining
 from medsr.errors import SettingError
 from medsr.geometry import rescaled_affine, spacing_of
+from medsr.handlers.qc_figure import draw_qc
 from medsr.inferers.planes import PlaneAverageInferer
 from medsr.inferers.volume import VolumeInferer, make_consistent
 from medsr.io.loading import LoadVolumed
+from medsr.io.writing import probe_folder, write_figure
 from medsr.networks.layout import channels_last
 from medsr.networks.wdsr import PlaneSRNet
 from medsr.resampling import interpolation_matrix
-from medsr.settings import as_number, as_numbers
+from medsr.settings import as_flag, as_number, as_numbers
 from medsr.transforms.intensity import PercentileToUnitd
 from medsr.transforms.orientation import permute_spatial
 from medsr.transforms.slice_profile import as_profile
@@ -75,6 +78,8 @@ class ThroughPlaneComparison(CaseComparison):
         axis: anatomical axis of the slices, as one of ``SI``, ``AP``, ``LR``.
         load: makes an image of an item's path, as :class:`~medsr.io.loading.LoadVolumed` does.
         output: file of the results, JSON.
+        figures: also draw a page of each case and setting beside ``output``: slices, cubic interpolation, the last
+            method, its uncertainty, its error, and the truth.
         device: where to compute.
 
     Raises:
@@ -103,9 +108,11 @@ class ThroughPlaneComparison(CaseComparison):
         axis: str = "SI",
         load: Callable[[Mapping[Hashable, Any]], Mapping[Hashable, Any]] | None = None,
         output: str | Path | None = None,
+        figures: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(cases, output)
+        self.figures = as_flag("figure", figures)
         self.network, self.inferer = network, dict(inferer or {})
         self.consistency = as_number("consistency", self.inferer.get("consistency", 1.0))
         self.ratios, self.gaps = as_numbers("ratios", ratios, above=0), as_numbers("gaps", gaps)
@@ -149,7 +156,8 @@ class ThroughPlaneComparison(CaseComparison):
             thick_parameters(ratio, gap, profile) for profile in (self.profile, self.assumed_profile)
         )
         reference, thick, matrix = acquire_whole_slabs(volume, true)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        shown: dict[str, npt.NDArray[np.float32]] = {}
         truth = np.asarray(reference.as_tensor()[0])
         mask = truth > 0.02
         edge = metrics.edge_band(truth, mask=mask)
@@ -160,6 +168,8 @@ class ThroughPlaneComparison(CaseComparison):
                 reference_affine=np.asarray(reference.affine),
                 size=reference.shape[-1],
             )
+            if method in ("nearest", "cubic", "network", "adapted"):
+                shown[method] = values
             image = values[0].clip(0, 1)
             goal = truth.clip(0, 1)
             row: dict[str, Any] = {
@@ -184,7 +194,37 @@ class ThroughPlaneComparison(CaseComparison):
                 row["coverage_2u"] = metrics.coverage(values[0], truth, values[1], mask=mask)
             rows.append({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()})
             _log.info("%s r=%g gap=%g %s: %.2f dB", case, ratio, gap, method, row["psnr_db"])
+        if self.figures and self.output:
+            self._draw(rows, shown, reference)
         return rows
+
+    def _draw(
+        self, rows: list[dict[str, Any]], shown: Mapping[str, npt.NDArray[np.float32]], reference: MetaTensor
+    ) -> None:
+        """The page of one case and setting."""
+        last, values = list(shown.items())[-1]
+        truth = np.asarray(reference.as_tensor()[0])
+        volumes = {"input slices": shown["nearest"][0], "cubic": shown["cubic"][0], last: values[0]}
+        if len(values) > 1:
+            volumes["uncertainty"] = values[1]
+        volumes |= {"absolute error": np.abs(values[0] - truth), "reference": truth}
+        case, ratio, gap = (rows[0][key] for key in ("case", "ratio", "gap"))
+        scores = ", ".join(
+            f"{row['method']} {row['psnr_db']:.2f} dB" for row in rows if row["method"] in ("cubic", last)
+        )
+        spacing = spacing_of(np.asarray(reference.affine))
+        figure = draw_qc(
+            volumes,
+            spacing_mm=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
+            title=f"{case}: simulated slices of {ratio * spacing[2]:.3g} mm, against the truth",
+            footer=(
+                f"{scores}; ratio {ratio:g}, gap {gap:g}, slice profile {self.profile}, told "
+                f"{self.assumed_profile}; maps are of {last}, in units of the image, whose percentiles are at 0 and 1; "
+                f"{PROTOCOL.partition(':')[0]}; medsr {medsr.__version__}. Not for diagnosis."
+            ),
+        )
+        folder = probe_folder(Path(str(self.output)).parent)
+        write_figure(folder / f"{case}_ratio{ratio:g}_gap{gap:g}_qc.png", figure)
 
     def _results(
         self, thick: MetaTensor, assumed: ThickSliceParameters, size: int

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from medsr import metrics
+from medsr.engines import comparison
 from medsr.engines.comparison import ThroughPlaneComparison, on_reference_grid, table
 from medsr.engines.self_training import SelfTraining
 from medsr.errors import SettingError
 from medsr.geometry import rescaled_affine
+from medsr.handlers.qc_figure import draw_qc
 from medsr.io.writing import write_nifti
 from medsr.networks.slice_sr import SliceSRNet
 from medsr.phantoms import head
@@ -53,6 +55,35 @@ def rows(phantom, tmp_path_factory) -> list[dict]:
     assert written["rows"] == found
     assert "PSNR with data range 1" in written["protocol"]
     return found
+
+
+@pytest.mark.parametrize(("net", "panels"), [(None, 4), ("uncertainty", 6)])
+def test_pages_show_truth_and_error(phantom, tmp_path, net, panels, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        comparison,
+        "draw_qc",
+        lambda volumes, **words: drawn.append((volumes, words)) or draw_qc(volumes, **words),
+    )
+    made = compare(
+        phantom,
+        net and network(net),
+        ratios=(3.5,),
+        output=tmp_path / "new" / "comparison.json",
+        figures=True,
+    )
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "comparison.json",
+        "head_ratio3.5_gap0_qc.png",
+    ]
+    ((volumes, words),) = drawn
+    assert len(volumes) == panels
+    last = "network" if net else "cubic"
+    np.testing.assert_array_equal(
+        volumes["absolute error"], np.abs(volumes[last] - volumes["reference"]), strict=True
+    )
+    (score,) = (row["psnr_db"] for row in made if row["method"] == last)
+    assert f"{last} {score:.2f} dB" in words["footer"]
 
 
 def of(rows: list[dict], **wanted) -> list[dict]:
