@@ -216,6 +216,7 @@ class ThroughPlaneComparison(CaseComparison):
         figure = draw_qc(
             volumes,
             spacing_mm=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
+            affine=np.asarray(reference.affine),
             title=f"{case}: simulated slices of {ratio * spacing[2]:.3g} mm, against the truth",
             footer=(
                 f"{scores}; ratio {ratio:g}, gap {gap:g}, slice profile {self.profile}, told "

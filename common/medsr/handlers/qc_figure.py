@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +51,11 @@ CLASS_COLOURS = (
 TEXT, FAINT = "#1a1a1a", "#555555"
 STYLE: dict[str, Any] = {"color": TEXT, "fontfamily": "sans-serif"}
 
+_PLANES = {"LR": "sagittal", "PA": "coronal", "IS": "axial"}
+"""Both ends of an anatomical axis, that of smaller world coordinates first, and the plane that hides it."""
+_TURNED = "LPI"
+"""Ends that are drawn on the left or below: right is on the right, as if one looked at the patient from behind."""
+
 FloatPair = tuple[float, float]
 
 
@@ -80,6 +85,19 @@ class _Row:
     window: _Window
     is_detail: bool = False
     upwards: int = 2
+    codes: tuple[str, str, str] | None = None
+
+    @property
+    def limits(self) -> tuple[FloatPair, FloatPair]:
+        """Of the axes of the panel: what points left, back or down in the file is turned."""
+        turned = [
+            self.codes is not None and self.codes[axis] in _TURNED for axis in (self.axis, self.upwards)
+        ]
+        first, second = (
+            limits[::-1] if turn else limits
+            for limits, turn in zip((self.window.horizontal, self.window.vertical), turned, strict=True)
+        )
+        return first, second
 
     def cut(self, volume: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The plane as an image with the axis that points upwards as rows."""
@@ -171,9 +189,14 @@ class _Stack:
         size, new_size = self.slices.shape[2], pred.shape[1 + self.order[2]]
         self.ratio = float(facts.get("ratio", new_size / size))
         self._positions = slice_positions(size, new_size, self.ratio)
-        self.affine = np.asarray(pred.affine, dtype=np.float64)
-        first, second, third = (float(s) for s in spacing_of(self.affine)[list(self.order)])
+        self.affine = np.asarray(pred.affine, dtype=np.float64)[:, [*self.order, 3]]
+        first, second, third = (float(s) for s in spacing_of(self.affine))
         self.spacing_mm = first, second, third
+
+    @property
+    def codes(self) -> tuple[str, str, str]:
+        """Towards what the axes point, slices last."""
+        return _codes(self.affine)
 
     def result(self, image: Any) -> npt.NDArray[np.float32]:
         """First channel of a result, its slices last."""
@@ -193,12 +216,12 @@ def draw_qc(
     title: str = "",
     footer: str = "",
     maps: Sequence[str] = ("uncertainty", "absolute error"),
-    planes: tuple[str, str] = ("first plane", "second plane"),
+    affine: npt.ArrayLike | None = None,
 ) -> Figure:
     """Quality-control figure: what went in, what came out, where it is unsure, in two planes and a detail.
 
     One column per volume, in the given order. The first two rows show planes that hold the slice axis (drawn
-    upwards), where super-resolution acts; they cut near the middle of the foreground, where there is most to
+    vertically), where super-resolution acts; they cut near the middle of the foreground, where there is most to
     see. The third row enlarges the most detailed region of the first without interpolation. All images share
     one grey window, the 0.5 and 99.5 percentiles of the first volume's foreground, and all maps share one
     colour scale from zero: a panel with its own window can make any method look sharp, and a map with its own
@@ -214,7 +237,9 @@ def draw_qc(
         title: headline; wrapped.
         footer: protocol in words (kernel, mask, data range, software); wrapped.
         maps: captions of the volumes that are not images but values to be read off, in the unit of the image.
-        planes: captions of the first two rows: the plane of axes 0 and 2, the plane of axes 1 and 2.
+        affine: voxel to world (RAS+) of the volumes. With it, planes have anatomical names, and whatever way the file
+            is stored, right is right, anterior and superior are right or up, and letters say so; without, axes are
+            drawn as they are stored.
 
     Shape:
         - volumes: (X, Y, Z)
@@ -237,9 +262,11 @@ def draw_qc(
     scales = {name: (0.0, top or 1.0) if name in maps else window for name in arrays}
 
     guide = arrays["reference"] if "reference" in images else arrays[images[-1]]
-    rows = _planes(foreground, guide, spacing=spacing, names=planes)
+    codes = None if affine is None else _codes(affine)
+    names = ("second plane", "first plane") if codes is None else (_anatomy(codes[0]), _anatomy(codes[1]))
+    rows = [replace(row, codes=codes) for row in _planes(foreground, guide, spacing=spacing, names=names)]
     detail = _detail_window(rows[0].cut(guide), rows[0], spacing, rows[0].cut(foreground))
-    rows.append(_Row("detail", rows[0].axis, rows[0].index, detail, is_detail=True))
+    rows.append(replace(rows[0], name="detail", window=detail, is_detail=True))
 
     page = _Page(rows, len(arrays), title=title, footer=footer)
     for number, row in enumerate(rows):
@@ -255,6 +282,8 @@ def draw_qc(
             if column == 0:
                 size = page.width_in, page.heights_in[number]
                 _scale_bar(axes, row.window, length_mm=10.0 if row.is_detail else 20.0, panel=size)
+                if not row.is_detail:
+                    _letters(axes, row)
     for first, last in _runs([name in maps for name in arrays]):
         name = list(arrays)[first]
         caption = "same unit as image" if name in maps else "intensity"
@@ -297,6 +326,7 @@ def superres_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> Figure
     return draw_qc(
         volumes,
         spacing_mm=stack.spacing_mm,
+        affine=stack.affine,
         title=f"{item['case']}: slices of {thin_mm * stack.ratio:.3g} mm to {thin_mm:.3g} mm",
         footer=(
             f"ratio {stack.ratio:g}; slice profile {facts.get('slice_profile', '-')}, thickness / spacing "
@@ -347,9 +377,10 @@ def segmentation_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> Fi
     _check_volume("pred", thin, source.shape)
     _check_volume("uncertainty", unsure, source.shape)
     spacing = stack.spacing_mm
-    rows = _mask_planes(
+    found = _mask_planes(
         thin if thin.any() else thick, foreground > 0, spacing=spacing, names=_plane_names(stack)
     )
+    rows = [replace(row, codes=stack.codes) for row in found]
     columns = (
         ("thick slices, thick mask", source, thick),
         ("cubic between slices, thin mask", stack.thin(stack.slices, "cubic"), thin),
@@ -385,6 +416,7 @@ def segmentation_figure(item: Mapping[str, Any], facts: Mapping[str, Any]) -> Fi
             if column == 0:
                 size = page.width_in, page.heights_in[number]
                 _scale_bar(axes, row.window, length_mm=20.0, panel=size)
+                _letters(axes, row)
     _colour_bar(page.bar(0, 1), window, is_map=False, caption="intensity")
     _colour_bar(page.bar(2, 2), (0.0, 1.0), is_map=True, caption="0 sure, 1 undecided")
     _legend(page, labels, per_line)
@@ -423,13 +455,13 @@ def _planes(
     guide: FloatArray,
     *,
     spacing: tuple[float, float, float],
-    names: tuple[str, str],
+    names: Sequence[str],
 ) -> list[_Row]:
     """The two planes near the middle of the foreground that hold the slice axis, in equal windows.
 
     The exact middle of a brain is the gap between its halves; of the middle fifth, the plane with the most
     change along the slice axis is taken. Equal windows make the two rows equal in scale, so that one scale
-    bar is true for both.
+    bar is true for both. ``names`` are by the hidden axis.
     """
     bounds = _bounds(foreground)
     extents = _extents(bounds, spacing)
@@ -440,15 +472,16 @@ def _planes(
     half_width = max(half_width, half_height / 1.6)
     vertical = (extents[2][1] - half_height, extents[2][1] + half_height)
     rows = []
-    for axis, name in enumerate(names):
+    for axis in (0, 1):
         first, last = bounds[1 - axis]
         reach = (last - first) // 10
-        middle = range((first + last) // 2 - reach, (first + last) // 2 + reach + 1)
+        # As many on either side, so that a flipped file shows the same planes.
+        middle = range((first + last) // 2 - reach, (first + last + 1) // 2 + reach + 1)
         hidden = np.take(guide, middle, axis=1 - axis)
         change = np.abs(np.diff(hidden, axis=2)).sum(axis=(axis, 2))
         index = middle[int(np.argmax(change))]
         horizontal = (extents[axis][1] - half_width, extents[axis][1] + half_width)
-        rows.append(_Row(name, axis, index, _Window(horizontal, vertical)))
+        rows.append(_Row(names[1 - axis], axis, index, _Window(horizontal, vertical)))
     return rows
 
 
@@ -512,11 +545,22 @@ def _mask_planes(
 
 def _plane_names(stack: _Stack) -> list[str]:
     """How a plane is called whose hidden axis is the first, second or third: anatomy and voxel of the mask file."""
-    from nibabel.orientations import io_orientation
+    return [
+        f"{_anatomy(code)}, {'ijk'[axis]} = {{}}" for code, axis in zip(stack.codes, stack.order, strict=True)
+    ]
 
-    world = io_orientation(stack.affine)[:, 0]
-    anatomy = ("sagittal", "coronal", "axial")
-    return [f"{anatomy[int(world[axis])]}, {'ijk'[axis]} = {{}}" for axis in stack.order]
+
+def _codes(affine: npt.ArrayLike) -> tuple[str, str, str]:
+    """Towards what the axes of an array point: letters of L, R, P, A, I, S."""
+    from nibabel.orientations import aff2axcodes
+
+    first, second, third = aff2axcodes(np.asarray(affine, dtype=np.float64))
+    return str(first), str(second), str(third)
+
+
+def _anatomy(code: str) -> str:
+    """What a plane is called whose hidden axis points there."""
+    return next(name for letters, name in _PLANES.items() if code in letters)
 
 
 def _detail_window(
@@ -531,7 +575,8 @@ def _detail_window(
     change = np.abs(np.gradient(image, axis=0)) if image.shape[0] > 1 else np.abs(image)
     # The skull is the strongest edge of a head and the least interesting one.
     change = np.minimum(change, np.percentile(change[foreground], 90)) if foreground.any() else change
-    score = uniform_filter(change, size=(max(1, round(height / step_v)), max(1, round(width / step_h))))
+    # Odd sizes have a middle.
+    score = uniform_filter(change, size=(round(height / step_v) | 1, round(width / step_h) | 1))
     v = (np.arange(image.shape[0]) + 0.5) * step_v
     h = (np.arange(image.shape[1]) + 0.5) * step_h
     middle_h, middle_v = sum(row.window.horizontal) / 2, sum(row.window.vertical) / 2
@@ -577,7 +622,8 @@ def _show(
         interpolation="nearest" if row.is_detail else "antialiased",
         interpolation_stage="data",
     )
-    axes.set(xlim=row.window.horizontal, ylim=row.window.vertical, xticks=[], yticks=[])
+    horizontal, vertical = row.limits
+    axes.set(xlim=horizontal, ylim=vertical, xticks=[], yticks=[])
     # Beyond the volume the panel goes on in the colour of the background.
     axes.set_facecolor(colours(0))
     for spine in axes.spines.values():
@@ -650,6 +696,21 @@ def _frame(axes: Axes, window: _Window) -> None:
     axes.add_patch(
         Rectangle(corner, window.width, window.height, fill=False, edgecolor=ACCENT, linewidth=0.9)
     )
+
+
+def _letters(axes: Axes, row: _Row) -> None:
+    """What the left and the upper edge of a panel are; the other two are the opposite."""
+    if row.codes is None:
+        return
+    left, upper = (
+        next(letters for letters in _PLANES if row.codes[axis] in letters)[end]
+        for axis, end in ((row.axis, 0), (row.upwards, 1))
+    )
+    for letter, x, y, ha, va in ((left, 0.02, 0.5, "left", "center"), (upper, 0.5, 0.98, "center", "top")):
+        axes.text(
+            x, y, letter, transform=axes.transAxes, ha=ha, va=va, fontsize=SMALL_PT, color="white",
+            fontfamily="sans-serif", bbox={"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1}, zorder=4,
+        )  # fmt: skip
 
 
 def _scale_bar(axes: Axes, window: _Window, *, length_mm: float, panel: FloatPair) -> None:

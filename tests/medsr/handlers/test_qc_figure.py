@@ -14,14 +14,13 @@ from medsr.handlers import draw_qc, qc_figure
 from medsr.handlers.qc_figure import segmentation_figure, superres_figure
 from medsr.phantoms import head
 from monai.data import MetaTensor
+from scipy.ndimage import gaussian_filter
 
 ALL = ("input slices", "cubic", "super-resolved", "uncertainty", "reference", "absolute error")
 
 
 @pytest.fixture(scope="module")
 def volumes() -> dict[str, np.ndarray]:
-    from scipy.ndimage import gaussian_filter
-
     truth = head(32)[0]
     slabs = truth.reshape(32, 32, 8, 4).mean(axis=-1)
     cubic = gaussian_filter(slabs.repeat(4, axis=-1), (0, 0, 1.5))
@@ -114,6 +113,50 @@ def test_slice_axis_points_upwards():
     assert image[9, 6] == 9.0
     assert image[2, 6] == 1.0
     assert axes.get_ylim()[0] < axes.get_ylim()[1]
+
+
+def pixels(figure) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize("flipped", [(), (0,), (1,), (2,), (0, 1), (0, 1, 2)])
+def test_however_a_file_is_stored_the_patient_stands_upright_and_right_is_right(volumes, flipped):
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    # No two planes alike, and as many on either side of the middle: the same ones are chosen of a flipped file.
+    texture = gaussian_filter(np.random.default_rng(0).normal(0, 300, (31, 31, 32)), 1) * (
+        volumes["reference"][:-1, :-1] > 0
+    )
+    whole = {name: volume[:-1, :-1] + texture for name, volume in volumes.items()}
+    expected = draw_qc(whole, spacing_mm=(2, 2, 2), affine=affine)
+    assert row_names(expected) == ["coronal", "sagittal", "detail"]
+    assert [letters(axes) for axes in panels(expected, "cubic")] == ["", "", ""]
+    assert [letters(axes) for axes in panels(expected, "input slices")] == ["LS", "PS", ""]
+    turned = affine.copy()
+    for axis in flipped:
+        turned[:3, 3] += turned[:3, axis] * (next(iter(whole.values())).shape[axis] - 1)
+        turned[:3, axis] *= -1
+    found = draw_qc(
+        {name: np.flip(volume, flipped) for name, volume in whole.items()},
+        spacing_mm=(2, 2, 2),
+        affine=turned,
+    )
+    np.testing.assert_allclose(pixels(found)[..., :3], pixels(expected)[..., :3].astype(float), atol=3)
+
+
+def test_slices_of_any_direction_are_named(volumes):
+    # Sagittal slices, first rows downwards: the array axes point forward, down and left.
+    affine = np.zeros((4, 4))
+    affine[1, 0], affine[2, 1], affine[0, 2], affine[3, 3] = 1, -1, -4, 1
+    figure = draw_qc(volumes, spacing_mm=(1, 1, 4), affine=affine)
+    assert row_names(figure) == ["axial", "coronal", "detail"]
+    assert [letters(axes) for axes in panels(figure, "input slices")] == ["PR", "IR", ""]
+    without = draw_qc(volumes, spacing_mm=(1, 1, 4))
+    assert row_names(without) == ["first plane", "second plane", "detail"]
+    assert not any(letters(axes) for axes in without.axes)
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 0.8, 1.6), (1.0, 1.0, 6.0)])
@@ -287,7 +330,16 @@ def box(edges: np.ndarray) -> list[float]:
 
 
 def notes(axes) -> list[str]:
-    return [text.get_text() for text in axes.texts if "mm" not in text.get_text()]
+    return [
+        text.get_text()
+        for text in axes.texts
+        if "mm" not in text.get_text() and text.get_text() not in [*"LRPAIS"]
+    ]
+
+
+def letters(axes) -> str:
+    """Of the left and the upper edge."""
+    return "".join(text.get_text() for text in axes.texts if text.get_text() in [*"LRPAIS"])
 
 
 def legend(figure) -> list[str]:
@@ -314,6 +366,7 @@ def test_a_super_resolved_item_shows_input_interpolation_result_and_uncertainty(
     # The input is shown in the unit of the result; here the result is the repeated input.
     assert np.allclose(shown["volumes"]["input slices"], shown["volumes"]["super-resolved"], atol=1e-4)
     assert shown["spacing_mm"] == THIN_MM
+    assert np.allclose(shown["affine"], one["pred"].affine)
     assert "41.5 dB" in shown["footer"]
     assert "Not for diagnosis" in shown["footer"]
     assert "8 mm to 2 mm" in shown["title"]
@@ -500,3 +553,27 @@ def test_volumes_on_other_grids_are_refused():
     one["uncertainty"] = one["uncertainty"] * float("nan")
     with pytest.raises(DataError, match="'uncertainty' holds NaN"):
         segmentation_figure(one, FACTS)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_planes_of_a_segmentation_stand_upright_too(axis):
+    one = item(axis=axis)
+    figure = segmentation_figure(one, FACTS)
+    edges = {"sagittal": {"PS", "IA"}, "coronal": {"LS", "IR"}, "axial": {"LA", "PR"}}
+    found = {
+        name.partition(",")[0]: letters(axes)
+        for name, axes in zip(row_names(figure), panels(figure, COLUMNS[0]), strict=True)
+    }
+    assert set(found) == set(edges)
+    assert all(found[name] in edges[name] for name in found), found
+    # The same file with its third axis pointing the other way: that direction alone is turned.
+    for key in ("pred", "pred_thick", "uncertainty", "probability"):
+        one[key].affine[:, 2] *= -1
+    turned = segmentation_figure(one, FACTS)
+    limits = [
+        [(axes.get_xlim(), axes.get_ylim()) for axes in panels(each, COLUMNS[0])] for each in (figure, turned)
+    ]
+    changed = sum(
+        a != b for before, after in zip(*limits, strict=True) for a, b in zip(before, after, strict=True)
+    )
+    assert changed == 2
