@@ -34,6 +34,17 @@ Protocol `{protocol}`.
 the slices, as by `adapt.json`; `smore-like` a plane network trained from nothing on the scan itself (baseline). The
 results of `network` and `adapted` are made consistent with the measured slices; `+ consistency` is a baseline after the
 same projection. PSNR in dB; each row is one subject.
+
+The parts were made by these, `FOUR`, `TWO` and `SIX` being the subjects that their tables name:
+
+```bash
+superres() {{ python -m benchmarks.quality.superres "$@"; }}
+superres --ratios 4 --gaps 0
+superres --subjects FOUR
+superres --subjects TWO --ratios 4 --gaps 0 --assumed-profile gaussian      # and box
+OMP_NUM_THREADS=1 superres --subjects SIX --ratios 4 --gaps 0 --plane-minutes 4 --adapt-minutes 4
+OMP_NUM_THREADS=1 superres --ratios 4 --gaps 0 --adapt-minutes 5
+```
 """
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from medsr.engines.comparison import ThroughPlaneComparison, table
 from medsr.engines.self_training import SelfTraining
 
+from benchmarks.measure import machine
 from benchmarks.shipped import settings, shipped_network
 
 SUBJECTS = {
@@ -70,9 +70,7 @@ def main() -> None:
     elif absent:
         parser.error(f"{absent[0]}: there is no such file; name the subjects that are there with --subjects")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    print(f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     rows = ThroughPlaneComparison(
         cases,
         shipped_network(arguments.weights),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,7 +28,7 @@ from medsr.networks.se_gan import SEGenerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import giga_multiplications, interleaved, print_ratio
+from benchmarks.measure import giga_multiplications, interleaved, machine, print_ratio
 
 
 def main() -> None:
@@ -38,9 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--size", type=int, nargs=2, default=[128, 128])
     arguments = parser.parse_args()
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}"
-    )
+    print(f"{machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}")
     torch.set_num_threads(1)
     image = torch.rand(1, 3, *arguments.size, generator=torch.Generator().manual_seed(0))
     gated(SEGenerator(image_skip=True), image, arguments.rounds)

@@ -10,9 +10,10 @@ The whole volume is timed once more in wall time on all threads, which is only a
 from __future__ import annotations
 
 import argparse
-import platform
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from medsr.geometry import slice_positions
 from medsr.inferers.precision import native_bfloat16
 from medsr.inferers.slice_group import SliceGroupInferer
 from medsr.inferers.volume import VolumeInferer
+from medsr.io.writing import write_nifti
 from medsr.networks.int8 import native_int8
 from medsr.networks.layout import channels_last
 from medsr.networks.slice_sr import SliceSRNet
@@ -27,8 +29,9 @@ from medsr.resampling import interpolation_matrix, resample_last_axis
 from monai.data import MetaTensor
 from torch import nn
 
-from benchmarks.measure import giga_multiplications, interleaved, peak_of, print_ratio, tensors_peak
-from benchmarks.shipped import naive_network, settings, shipped_network
+from benchmarks.commands import run_config
+from benchmarks.measure import giga_multiplications, interleaved, machine, peak_of, print_ratio, tensors_peak
+from benchmarks.shipped import BUNDLE, naive_network, settings, shipped_network
 
 RATIO = 4
 """Thin slices per thick one."""
@@ -41,9 +44,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, default=[240, 240, 40])
     parser.add_argument("--skip-volume", action="store_true")
     arguments = parser.parse_args()
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}"
-    )
+    print(f"{machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}")
     torch.set_num_threads(1)
     interpolation(arguments.rounds)
     layouts(arguments.rounds)
@@ -52,6 +53,7 @@ def main() -> None:
     if not arguments.skip_volume:
         memory(arguments.size)
         volume(arguments.size)
+        command(arguments.size)
 
 
 def interpolation(rounds: int) -> None:
@@ -162,6 +164,21 @@ def volume(size: list[int]) -> None:
     reduced = "int8" if inferer.int8_planes else "float32"
     print(f"{what}, 2 threads, planes {reduced}: {times[1]:.1f} s of network and inferer wall time")
     print(f"twice the slices take {times[1] / times[0]:.2f} times as long")
+
+
+def command(size: list[int]) -> None:
+    """Wall time from the command to the files: start of Python, checks, reading, network, writing, and the figure."""
+    with tempfile.TemporaryDirectory() as folder:
+        scan = Path(folder) / "scan.nii.gz"
+        # Tissue everywhere, which no head has: the slowest case.
+        values = np.random.default_rng(0).random(size, dtype=np.float32)
+        write_nifti(scan, values, affine=np.diag([1.0, 1.0, RATIO, 1.0]))
+        since = time.monotonic()
+        run_config(BUNDLE, ["inference.json"], {"dataset_dir": folder}, output=Path(folder) / "out")
+        seconds = time.monotonic() - since
+    print(
+        f"{size[0]} x {size[1]} x {size[2]}, tissue everywhere: {seconds:.1f} s from the command to the files"
+    )
 
 
 if __name__ == "__main__":

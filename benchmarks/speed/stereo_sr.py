@@ -19,7 +19,6 @@ figure is the median of paired ratios, with its 10 to 90 % range. Weights are ra
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import interleaved, peak_of, print_ratio
+from benchmarks.measure import interleaved, machine, peak_of, print_ratio
 
 FEATURES, LEVELS = 64, 4
 """Width and levels of the exchange in the network as it was published."""
@@ -72,9 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS)
     arguments = parser.parse_args()
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}"
-    )
+    print(f"{machine()}, torch {torch.__version__}, bf16 {native_bfloat16('cpu')}")
     torch.set_num_threads(1)
     size, rows = tuple(arguments.size), min(arguments.reference_rows, arguments.size[0])
     if "attention" in arguments.only:
