@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -175,3 +176,24 @@ def one_error() -> Callable[[subprocess.CompletedProcess[str]], str]:
         return lines[0]
 
     return check
+
+
+@pytest.fixture
+def vgg19_file(tmp_path: Path) -> tuple[Path, str]:
+    """A file with the tensors of VGG19, all of one value, and its SHA-256."""
+    import torch
+
+    file = tmp_path / "vgg19.pth"
+    blocks = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
+    state, channels, place = {}, 3, 0
+    for width, convolutions in blocks:
+        for _ in range(convolutions):
+            # Constants that need no space.
+            state[f"features.{place}.weight"] = torch.full((1,), 1 / (9 * channels)).expand(
+                width, channels, 3, 3
+            )
+            state[f"features.{place}.bias"] = torch.zeros(1).expand(width)
+            channels, place = width, place + 2
+        place += 1
+    torch.save(state, file)
+    return file, hashlib.sha256(file.read_bytes()).hexdigest()

@@ -241,6 +241,29 @@ def test_grey_images_can_have_a_network_of_their_own(medsr_here, tmp_path, name)
     assert not report_of(out)["cases"]["slice"].get("warnings")
 
 
+@pytest.mark.slow
+def test_srgan_takes_the_feature_loss_of_its_paper_where_there_is_a_file(
+    medsr_here, sharp, tmp_path, vgg19_file
+):
+    file, digest = vgg19_file
+    settings = (
+        *tiny(SRGAN_NAME, "train.json"),
+        *TRAINING,
+        "crop_size=64",
+        "iterations=1",
+        f"vgg19_weights={file}",
+    )
+    both, out = ("train.json", "train_gan.json"), tmp_path / "trained"
+    status, lines = medsr_here(SRGAN_NAME, sharp, out=out, config=both, settings=settings)
+    assert status != 0
+    assert "needs the sha256 of its file" in lines[-1]
+    right = (*settings, f"vgg19_sha256={digest}")
+    assert medsr_here(SRGAN_NAME, sharp, out=out, config=both, settings=right) == (0, [])
+    record = json.loads((out / "train_record.json").read_text())
+    assert record["settings"]["loss"]["feature_weight"] == 1.0
+    assert "feature" in record["history"][-1]
+
+
 # --- Bad input; the other bundles run the same code ---------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -88,21 +87,8 @@ def test_from_sharp_images_to_enlarged_ones(medsr, sharp, tmp_path, scale):
         assert ("notice" in facts) == (scale >= 8)
 
 
-def test_a_file_of_vgg19_weights_adds_the_feature_term_and_is_checked(medsr, sharp, tmp_path):
-    file = tmp_path / "vgg19.pth"
-    blocks = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
-    state, channels, place = {}, 3, 0
-    for width, convolutions in blocks:
-        for _ in range(convolutions):
-            # Constants that need no space.
-            state[f"features.{place}.weight"] = torch.full((1,), 1 / (9 * channels)).expand(
-                width, channels, 3, 3
-            )
-            state[f"features.{place}.bias"] = torch.zeros(1).expand(width)
-            channels, place = width, place + 2
-        place += 1
-    torch.save(state, file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+def test_a_file_of_vgg19_weights_adds_the_feature_term_and_is_checked(medsr, sharp, tmp_path, vgg19_file):
+    file, digest = vgg19_file
     settings = (*TRAINING, "iterations=1", f"vgg19_weights={file}")
 
     status, lines = medsr(sharp, out=tmp_path / "none", config=("train.json",), settings=settings)
