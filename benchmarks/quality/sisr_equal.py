@@ -43,8 +43,8 @@ TEST = "sisr/Set5"
 HEAD = """# Results of the single-image networks after equal minutes
 
 Written by `python -m benchmarks.quality.sisr_equal OUT --minutes {minutes:g}`. Each network was trained from nothing
-for {minutes:g} minutes on one thread, on BSDS500 train and T91, by the `train.json` of its bundle as it is (seed
-{seed}).
+for {minutes:g} minutes of the clock on one thread, with other work beside, on BSDS500 train and T91,
+by the `train.json` of its bundle as it is. The seed is {seed}.
 Set5, x{scale}, was looked at once, at the end.
 Low resolution: {degradation}.
 PSNR and SSIM: `{protocol}`, means over the images.

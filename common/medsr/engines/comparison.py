@@ -19,6 +19,7 @@ import medsr
 from medsr import metrics
 from medsr.engines.adaptation import AdaptingInferer
 from medsr.engines.case_comparison import CaseComparison, thick_parameters
+from medsr.engines.case_evaluator import one_line
 from medsr.engines.self_training import SelfTraining
 from medsr.errors import SettingError
 from medsr.geometry import rescaled_affine, spacing_of
@@ -195,7 +196,10 @@ class ThroughPlaneComparison(CaseComparison):
             rows.append({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()})
             _log.info("%s r=%g gap=%g %s: %.2f dB", case, ratio, gap, method, row["psnr_db"])
         if self.figures and self.output:
-            self._draw(rows, shown, reference)
+            try:
+                self._draw(rows, shown, reference)
+            except Exception as error:  # matplotlib raises many kinds
+                self.note(case, f"no page was drawn: {one_line(error)}")
         return rows
 
     def _draw(

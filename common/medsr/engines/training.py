@@ -23,11 +23,13 @@ from medsr.io.cases import find_cases, refuse_marked
 from medsr.io.dicom import is_dicom_series
 from medsr.io.stereo import find_stereo_cases
 from medsr.networks.checkpoints import as_grey, at_scale, read_state
+from medsr.settings import as_number
 
 _log = logging.getLogger(__name__)
 
 __all__ = [
     "CachedDataset",
+    "blur_widths",
     "distributed",
     "end_process_group",
     "pair_items",
@@ -171,6 +173,26 @@ def pair_items(sources: str | Path | Sequence[str | Path], key: str = "label") -
     found = refuse_marked([item for folder in folders for item in find_stereo_cases(folder)])
     names = {"image": key, "image_right": f"{key}_right"}
     return [{names[name]: item[name] for name in names if name in item} for item in found]
+
+
+@one_line_errors
+def blur_widths(largest: float) -> tuple[float, float]:
+    """Range of the standard deviations, in pixels, with which a training blurs its crops.
+
+    Args:
+        largest: 0 for none.
+
+    Raises:
+        SettingError: if it is negative.
+
+    Example:
+        >>> blur_widths(1.5)
+        (0.0, 1.5)
+    """
+    widest = as_number("blur", largest)
+    if widest < 0:
+        raise SettingError(f"blur must be >= 0, got {widest:g}")
+    return 0.0, widest
 
 
 @one_line_errors

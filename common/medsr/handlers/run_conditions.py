@@ -9,10 +9,11 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import monai
+import numpy as np
 import torch
 
 import medsr
@@ -72,7 +73,8 @@ class RunConditions:
             "bundle": self.bundle,
             "versions": {
                 "medsr": medsr.__version__,
-                **{name: version(name) for name in ("monai", "numpy")},
+                "monai": monai.__version__,
+                "numpy": np.__version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
@@ -88,9 +90,9 @@ class RunConditions:
 def _bundle(folders: Sequence[Path]) -> dict[str, str] | None:
     """The bundle that configs in these folders belong to."""
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             found = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-            return {"name": folder.parent.name, "version": str(found.get("version"))}
+            return {"name": folder.resolve().parent.name, "version": str(found.get("version"))}
     return None
 
 

@@ -351,7 +351,8 @@ class RandDisparityd(RandomizableTransform, MapTransform):
 def _moved(view: Tensor, columns: Tensor, rows: float) -> Tensor:
     """The view at places so many columns further right, around its sides, and rows further down, to its last one.
 
-    ``torch.nn.functional.grid_sample`` was considered; its sides do not meet.
+    Between pixels nothing becomes darker or brighter than the view is. ``torch.nn.functional.grid_sample`` was
+    considered; its sides do not meet.
     """
     height, width = view.shape[1:]
     across, below = columns.floor(), math.floor(rows)
@@ -361,13 +362,14 @@ def _moved(view: Tensor, columns: Tensor, rows: float) -> Tensor:
         moved = torch.zeros_like(view)
         for step, weight in enumerate(_cubic(torch.tensor(rows - below)), -1):
             moved += weight * view[:, (first + step).clamp(0, height - 1)]
+        moved = moved.clamp(view.amin(), view.amax())
     start = torch.arange(width) + across.long()
     if torch.equal(across, columns):
         return moved.gather(2, (start % width).to(view.device).expand_as(view))
     result = torch.zeros_like(view)
     for step, weight in enumerate(_cubic(columns - across), -1):
         result += weight.to(view) * moved.gather(2, ((start + step) % width).to(view.device).expand_as(view))
-    return result
+    return result.clamp(view.amin(), view.amax())
 
 
 def _cubic(part: Tensor) -> tuple[Tensor, ...]:

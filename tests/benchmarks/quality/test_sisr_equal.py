@@ -53,5 +53,5 @@ def test_all_get_the_same_and_are_measured_on_the_same(
     assert all(row["psnr_db"] > found[0]["psnr_db"] for row in found[1:])
     text = report.read_text()
     assert "| FMEN | 2.0 | 1000 | 4 of 50 | 10 | float32 |" in text
-    assert "for 2 minutes on one thread" in text
+    assert "2 minutes of the clock on one thread" in text
     assert json.loads((tmp_path / "out" / "sisr_equal.json").read_text())["rows"] == found

@@ -86,6 +86,14 @@ def test_pages_show_truth_and_error(phantom, tmp_path, net, panels, monkeypatch)
     assert f"{last} {score:.2f} dB" in words["footer"]
 
 
+def test_a_page_that_cannot_be_drawn_costs_no_row(phantom, tmp_path):
+    output = tmp_path / "comparison.json"
+    (tmp_path / "head_ratio4_gap0_qc.png").mkdir()
+    found = compare(phantom, output=output, figures=True)
+    assert [row["method"] for row in found][:3] == ["nearest", "linear", "cubic"]
+    assert "no page was drawn: head_ratio4_gap0_qc.png: cannot be written" in output.read_text()
+
+
 def of(rows: list[dict], **wanted) -> list[dict]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 

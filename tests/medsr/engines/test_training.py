@@ -17,6 +17,7 @@ import torch
 from medsr.engines import training
 from medsr.engines.training import (
     CachedDataset,
+    blur_widths,
     pair_items,
     seed_everything,
     start_from,
@@ -243,6 +244,13 @@ def test_a_network_with_labels_starts_as_the_one_without(tmp_path, head):
     assert torch.allclose(
         after[:, 1:3].sigmoid().mean(-1), stack[:, 1:].clamp(0.01, 0.99).mean(-1), atol=0.02
     )
+
+
+def test_blur_is_refused_where_it_means_nothing(capsys):
+    assert blur_widths(0.5) == (0.0, 0.5)
+    with pytest.raises(SystemExit):
+        blur_widths(-1)
+    assert "blur must be >= 0, got -1" in capsys.readouterr().err
 
 
 def test_no_path_means_no_weights():

@@ -15,15 +15,18 @@ def test_the_configs_of_the_command_line_are_hashed_too(tmp_path, monkeypatch):
     assert conditions.hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in configs}
 
 
-def test_the_bundle_is_told_by_the_metadata_beside_the_configs(tmp_path):
+def test_the_bundle_is_told_by_the_metadata_beside_the_configs(tmp_path, monkeypatch):
     configs = tmp_path / "some_bundle" / "configs"
     configs.mkdir(parents=True)
     assert RunConditions(config_files=[configs / "inference.json"]).bundle is None
     (configs / "metadata.json").write_text('{"version": "1.2.3", "name": "A title"}')
     conditions = RunConditions(config_files=[configs / "inference.json"])
     assert conditions.as_plain()["bundle"] == {"name": "some_bundle", "version": "1.2.3"}
-    (configs / "metadata.json").write_text("{")
-    assert RunConditions(config_files=[configs / "inference.json"]).bundle is None
+    monkeypatch.chdir(configs.parent)
+    assert RunConditions(config_files=["configs/inference.json"]).bundle == conditions.bundle
+    for broken in ("{", "[]"):
+        (configs / "metadata.json").write_text(broken)
+        assert RunConditions(config_files=[configs / "inference.json"]).bundle is None
 
 
 def test_a_missing_weight_file_has_no_hash(tmp_path):

@@ -225,6 +225,14 @@ def test_places_between_pixels_are_seen_as_a_camera_sees_them():
     assert float(rows.min()) < 0 < float(rows.max())
 
 
+def test_between_pixels_nothing_is_brighter_or_darker_than_the_view():
+    view = (torch.rand(3, 20, 40, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    transform = RandDisparityd("image", 9, subpixel=True, rows=1).set_random_state(0)
+    for _ in range(5):
+        found = transform({"image": view.repeat(2, 1, 1)})["image"]
+        assert (float(found.min()), float(found.max())) == (0, 1)
+
+
 def test_relief_between_pixels_is_smooth():
     columns = torch.arange(260.0).expand(1, 130, 260)
     transform = RandDisparityd("image", 0, relief=6, subpixel=True).set_random_state(0)
