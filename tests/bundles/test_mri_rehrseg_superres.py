@@ -502,7 +502,8 @@ def test_comparison_has_one_row_per_method(
     found = {row["method"]: row for row in content["rows"] if row["gap"] == 0}
     assert found["cubic"]["psnr_db"] > found["nearest"]["psnr_db"]
     assert -1 <= found["network"]["spearman"] <= 1
-    assert {path.name for path in out.iterdir()} == {"comparison.json"}
+    pages = {f"sharp_ratio4_gap{gap}_qc.png" for gap in (0, 1)}
+    assert {path.name for path in out.iterdir()} == {"comparison.json", *pages}
 
 
 def test_a_comparison_needs_no_setting(sharp: Path, tmp_path: Path, medsr: Callable[..., Any]) -> None:
