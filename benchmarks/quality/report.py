@@ -111,7 +111,7 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Means over all rows of the other figures, methods as columns."""
+    """Means over all rows of the other figures, methods as columns; least and greatest of the rows in brackets."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     names = {
         "ssim": "SSIM (3D)",
@@ -122,15 +122,22 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         "coverage_2u": "errors below twice the uncertainty",
         "seconds": "seconds",
     }
-    lines = ["| mean of | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+    lines = ["| mean (least to greatest) of | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
     for key, name in names.items():
         found = [
             [row[key] for row in rows if row["method"] == m and row.get(key) is not None] for m in methods
         ]
         if any(found):
-            cells = [f"{np.mean(values):.3f}" if values else "" for values in found]
+            cells = [_mean_and_range(values, 1 if key == "seconds" else 3) for values in found]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _mean_and_range(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 if __name__ == "__main__":

@@ -56,6 +56,19 @@ def test_one_subject_has_no_deviation_and_none_no_mean():
     ]
 
 
+def test_other_figures_come_with_the_least_and_the_greatest_subject():
+    rows = rows_of({"a": 1.0, "b": 1.0, "c": 1.0})
+    for row, spearman in zip(rows[1::2], (0.25, 0.5, 0.6), strict=True):
+        row["spearman"] = spearman
+    assert report.summary(rows).splitlines() == [
+        "| mean (least to greatest) of | cubic | network |",
+        "|---|---|---|",
+        "| SSIM (3D) | 0.500 (0.500 to 0.500) | 0.500 (0.500 to 0.500) |",
+        "| Spearman of uncertainty and error |  | 0.450 (0.250 to 0.600) |",
+    ]
+    assert "| 0.250 |" in report.summary(rows[:2])
+
+
 def test_the_page_says_who_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows_of({"a": 1.0, "head-t1": 2.0})}))
     monkeypatch.setattr(

@@ -89,11 +89,16 @@ def test_one_run_writes_page_rows_and_picture(
     assert ours["protocol"] == "psnr-v1:y:border4:full:u8"
     assert ours["seconds_per_megapixel"] == pytest.approx(ours["seconds"] / (56 * 68 / 1e6), rel=0.1)
 
+    # Eight bits of mantissa of a disturbance of some grey levels.
+    assert 0 < ours["bfloat16_mean_grey_levels"] < ours["bfloat16_largest_grey_levels"] < 2
+    assert abs(ours["bfloat16_psnr_db"]) < 0.1
+
     assert "no weights at models/model.pt" in by_method["VDSR"]["missing"]
     assert "there is no bundle" in by_method["FMEN"]["missing"]
     text = report.read_text()
     assert text in capsys.readouterr().out
     assert text.count("not measured: ") == 4
+    assert f"| SE-GAN | {ours['bfloat16_mean_grey_levels']:.2f} |" in text
     assert "without the paper's feature loss" in text
     assert str(tmp_path) not in text
     assert json.loads((out / "sisr.json").read_text())["rows"] == rows
