@@ -17,6 +17,11 @@ __all__ = ["StereoLoss"]
 _IMAGE = {"l1": F.l1_loss, "mse": F.mse_loss}
 """Terms that hold the views to the truth, and need no maps."""
 
+_USUAL_MISS = 0.02
+"""Mean absolute error of the enlargement, of a usual sharp photograph: what weighs 1 when crops are balanced."""
+_ROUNDING = 1 / 510
+"""Half a grey level of 8 bits: of crops that interpolation misses by less, nothing can be learnt."""
+
 
 class StereoLoss(TermLoss):
     """L1 + 0.1 (consistency + photometric + smoothness + cycle), with settable weights, and a squared error on demand.
@@ -48,14 +53,18 @@ class StereoLoss(TermLoss):
         smoothness_weight: weight of the smoothness term.
         cycle_weight: weight of the cycle term.
         sr_only: leave out the terms of the matching; then a result without maps will do.
+        balance: what a crop counts among the others, in [0, 1]. 0: its error counts as it is, so that a soft crop,
+            which interpolation hardly misses, counts next to nothing. 1: its error counts relative to that of the
+            enlargement, as differences of PSNR do. Powers between. It weighs the first two terms, and needs a
+            :class:`~medsr.networks.parallax.StereoPrediction`.
 
     Shape:
         - pred: :class:`~medsr.networks.parallax.StereoPrediction`, or the pair alone with ``sr_only``;
         - target: ``(B, 2C, scale * H, scale * W)`` in [0, 1], left before right.
 
     Raises:
-        SettingError: for a negative weight, neither L1 nor squared error, a result of another shape than the truth,
-            or missing maps.
+        SettingError: for a negative weight, neither L1 nor squared error, a balance out of range, a result of another
+            shape than the truth, or missing maps.
 
     Example:
         >>> import torch
@@ -77,6 +86,7 @@ class StereoLoss(TermLoss):
         smoothness_weight: float = 0.1,
         cycle_weight: float = 0.1,
         sr_only: bool = False,
+        balance: float = 0.0,
     ) -> None:
         super().__init__()
         matching = {
@@ -92,6 +102,9 @@ class StereoLoss(TermLoss):
             raise SettingError(
                 "l1_weight and mse_weight are both 0; nothing else holds the views to the truth"
             )
+        if not 0 <= balance <= 1:
+            raise SettingError(f"balance must be from 0 to 1, not {balance:g}")
+        self.balance = float(balance)
         self.weights = {name: weight for name, weight in image.items() if weight}
         if not sr_only:
             self.weights |= {name: weight for name, weight in matching.items() if weight}
@@ -102,15 +115,32 @@ class StereoLoss(TermLoss):
         refuse_other_shape(image, target)
         with without_autocast(image):
             image, target = image.float(), target.float()
+            share = self._shares(pred, target)
             # The mean over both views is half the sum of their means.
-            terms = {name: 2 * error(image, target) for name, error in _IMAGE.items() if name in self.weights}
+            terms = {
+                name: 2 * error(share * image, share * target)
+                for name, error in _IMAGE.items()
+                if name in self.weights
+            }
             if len(self.weights) > len(terms):
                 terms |= self._matching(pred, (image - target).abs(), target)
         return self.summed({name: weight * terms[name] for name, weight in self.weights.items()})
 
     def describe(self) -> dict[str, Any]:
-        """Return what a record of the run should hold: the weights of the terms in use."""
-        return {f"{name}_weight": weight for name, weight in self.weights.items()}
+        """Return what a record of the run should hold: the weights of the terms in use, and the balance."""
+        found = {f"{name}_weight": weight for name, weight in self.weights.items()}
+        return {**found, "balance": self.balance} if self.balance else found
+
+    def _shares(self, pred: StereoPrediction | Tensor, target: Tensor) -> Tensor:
+        """What the intensities of each crop are multiplied by, ``(B, 1, 1, 1)``."""
+        if not self.balance:
+            return target.new_ones(())
+        if not isinstance(pred, StereoPrediction):
+            raise SettingError(
+                "balance needs the small pair: call the network with parallax='disparity' or 'maps'"
+            )
+        missed = (target - _resized(pred.low.float(), target)).abs().mean((1, 2, 3), keepdim=True)
+        return (_USUAL_MISS / (missed + _ROUNDING)) ** self.balance
 
     def _matching(self, pred: StereoPrediction | Tensor, error: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The terms that need the maps, without weights."""

@@ -122,6 +122,35 @@ def test_the_squared_error_joins_or_replaces_the_absolute_one():
     assert alone.describe() == {"mse_weight": 3.0}
 
 
+def test_balanced_crops_count_by_their_error_relative_to_that_of_interpolation():
+    pred, target = drawn()
+    enlarged = F.interpolate(pred.low, scale_factor=2, mode="bicubic", align_corners=False)
+    missed = (target - enlarged).abs().mean((1, 2, 3))
+    left = (target - pred.image).abs().mean((1, 2, 3))
+    loss = StereoLoss(sr_only=True, balance=1)
+    relative = 2 * (0.02 * left / (missed + 1 / 510)).mean()
+    assert loss(pred, target).item() == pytest.approx(relative.item(), rel=1e-5)
+    half = StereoLoss(sr_only=True, balance=0.5)
+    between = 2 * (left * (0.02 / (missed + 1 / 510)).sqrt()).mean()
+    assert half(pred, target).item() == pytest.approx(between.item(), rel=1e-5)
+    assert half.describe() == {"l1_weight": 1.0, "balance": 0.5}
+    # A pair a hundred times as soft counts as much, but for the half grey level.
+    soft = pred._replace(image=pred.image / 100, low=pred.low / 100)
+    assert loss(soft, target / 100).item() == pytest.approx(relative.item(), rel=0.5)
+    squared = StereoLoss(l1_weight=0, mse_weight=1, sr_only=True, balance=1)
+    errors = (target - pred.image).square().mean((1, 2, 3)) * (0.02 / (missed + 1 / 510)) ** 2
+    assert squared(pred, target).item() == pytest.approx(2 * errors.mean().item(), rel=1e-5)
+
+
+def test_the_balance_leaves_the_terms_of_the_matching():
+    pred, target = drawn()
+    plain, balanced = StereoLoss(), StereoLoss(balance=1)
+    plain(pred, target)
+    balanced(pred, target)
+    matching = [{name: loss.last_terms[name] for name in TERMS[1:]} for loss in (plain, balanced)]
+    assert matching[0] == matching[1]
+
+
 def test_a_perfect_result_with_one_disparity_everywhere_costs_nothing():
     # The right view is the left one, a column further; the low pair misses the same everywhere.
     target, low = torch.full((1, 6, 8, 8), 0.75), torch.full((1, 6, 4, 4), 0.25)
@@ -206,7 +235,11 @@ def test_a_few_steps_with_the_network_lower_the_loss():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"cycle_weight": -1}, "must not be negative"), ({"l1_weight": 0}, "holds the views to the truth")],
+    [
+        ({"cycle_weight": -1}, "must not be negative"),
+        ({"l1_weight": 0}, "holds the views to the truth"),
+        ({"balance": 1.5}, "from 0 to 1, not 1.5"),
+    ],
 )
 def test_weights_that_make_no_loss_are_refused(settings, message):
     with pytest.raises(SettingError, match=message):
@@ -222,3 +255,5 @@ def test_missing_maps_and_unequal_images_are_explained():
         StereoLoss()(blank, target)
     with pytest.raises(SettingError, match="check the scale of the network"):
         StereoLoss()(pred, target[..., 1:])
+    with pytest.raises(SettingError, match="balance needs the small pair"):
+        StereoLoss(sr_only=True, balance=1)(pred.image, target)
