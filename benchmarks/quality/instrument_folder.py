@@ -2,13 +2,14 @@
 
     python -m benchmarks.quality.instrument_folder OUTPUT [--data FOLDER]
 
-``all/`` holds frames of five scenes for the binary task, ``parts/`` those of EndoVis 2017 alone. What stands before the
-hyphen of a name is the source, which is one video of one patient, and which a split leaves out as a whole. Masks of
-EndoVis 2017 and CholecSeg8k are those of their authors. Cholec80 and the da Vinci scenes come without; their
-instruments were outlined by hand for this project, by nobody who operates, in ``instrument_outlines.json``. SCARED
-shows tissue and no instrument: its masks are empty. Masks keep the grey values of their source where they show an
-instrument, so that one label map, ``LABEL_MAP``, reads them all. All else is 0, and 255 where nobody labelled: the
-border of one pixel in CholecSeg8k. The black around its circular image is background.
+``all/`` holds frames of five scenes and fundus photographs for the binary task, ``parts/`` the frames of EndoVis 2017
+alone. What stands before the hyphen of a name is the source, which is one video of one patient, or one kind of
+photograph, and which a split leaves out as a whole. Masks of EndoVis 2017 and CholecSeg8k are those of their authors.
+Cholec80 and the da Vinci scenes come without; their instruments were outlined by hand for this project, by nobody who
+operates, in ``instrument_outlines.json``. SCARED shows tissue and no instrument, and fundus photographs,
+which are red with vessels as tissue is, show none either: their masks are empty. Masks keep the grey values of their
+source where they show an instrument, so that one label map, ``LABEL_MAP``, reads them all. All else is 0, and 255 where
+nobody labelled: the border of one pixel in CholecSeg8k. The black around its circular image is background.
 
 Frames are 512 to 640 pixels wide. Those of EndoVis 2017 are interlaced: they lose every second row, their border,
 and half of their pixels, which leaves them sharp along both axes.
@@ -33,6 +34,7 @@ from medsr.transforms.stereo import EndoVis17Framed
 from PIL import Image, ImageDraw
 
 from benchmarks.data import add_data
+from benchmarks.quality.fundus_folder import TRAIN as FUNDUS
 
 PARTS = {"shaft": [10], "wrist": [20], "clasper": [30]}
 """Grey values in EndoVis 2017."""
@@ -97,13 +99,14 @@ def write_cholecseg8k(data: Path, output: Path) -> int:
 
 
 def write_tissue(data: Path, output: Path) -> int:
-    """Write both views of SCARED, in which there is no instrument, and return how many there are."""
-    paths = sorted((data / "stereo_endo" / "scared_d1k1").glob("*.png"))
+    """Write what shows no instrument, both views of SCARED and fundus photographs, and return how many there are."""
+    paths = dict.fromkeys(sorted((data / "stereo_endo" / "scared_d1k1").glob("*.png")), "scared")
+    paths |= {data / "retina" / name: "fundus" for name in FUNDUS if (data / "retina" / name).exists()}
     resize = ResizeFramed("image", longest=WIDTH)
-    for path in paths:
-        item = resize(LoadImageFiled("image")({"image": path}))
+    for path, source in paths.items():
+        item = resize(LoadImageFiled("image", channels=3)({"image": path}))
         nothing = torch.zeros(1, *item["image"].shape[1:], dtype=torch.uint8)
-        write_frame({**item, "label": nothing}, output, f"scared-{path.stem}")
+        write_frame({**item, "label": nothing}, output, f"{source}-{path.stem}")
     return len(paths)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -90,7 +91,9 @@ def test_from_labelled_frames_to_the_table(medsr, frames, tmp_path):
 @pytest.mark.slow
 def test_training_learns_to_find_the_disc(medsr, frames, tmp_path):
     trained, out = tmp_path / "trained", tmp_path / "out"
-    settings = (*TRAINING, 'leave_out=["c"]', "iterations=60", "learning_rate=0.01", "average_momentum=0.2")
+    # What is drawn has the shape of an instrument, and a disc has not.
+    learning = ("iterations=60", "learning_rate=0.01", "average_momentum=0.2", "draw_share=0")
+    settings = (*TRAINING, 'leave_out=["c"]', *learning)
     assert medsr(frames, out=trained, config=("train.json",), settings=settings) == (0, [])
     settings = (*NETWORK, f"weights={trained / 'model.pt'}", 'groups=["c"]')
     assert medsr(frames, out=out, config=("inference.json", "evaluate.json"), settings=settings) == (0, [])
@@ -118,6 +121,19 @@ def test_overlays_of_a_task_and_of_the_baseline_fit_training_and_evaluation(meds
     settings = (*unet, f"weights={trained / 'model.pt'}", 'groups=["a"]')
     assert medsr(frames, out=out, config=config, settings=settings) == (0, [])
     assert set(rows_of(out)[0]["classes"]) == {"shaft", "wrist", "clasper"}
+
+
+def test_instruments_are_drawn_with_the_classes_of_the_masks_or_not_at_all(medsr, frames, tmp_path):
+    classes = 'classes={"background": [0], "tool": [10, 20]}'
+    settings = (*TRAINING, "iterations=1", classes)
+    status, (line,) = medsr(frames, out=tmp_path / "a", config=("train.json",), settings=settings)
+    assert status != 0
+    assert "'instrument' is no class; there are background, tool" in line
+    assert not (tmp_path / "a" / "model.pt").exists()
+    for more in ("draw_share=0", 'draw_classes=["tool", "tool", "background"]'):
+        trained = medsr(frames, out=tmp_path / "b", config=("train.json",), settings=(*settings, more))
+        assert trained == (0, [])
+        shutil.rmtree(tmp_path / "b")
 
 
 @pytest.mark.slow

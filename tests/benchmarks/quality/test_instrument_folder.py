@@ -12,6 +12,7 @@ from medsr.transforms.frame_labels import GreysToClassesd
 from PIL import Image
 
 from benchmarks.quality import instrument_folder
+from benchmarks.quality.fundus_folder import TRAIN as FUNDUS
 
 
 def write(root: Path, labels: str, name: str, mask: np.ndarray) -> None:
@@ -43,6 +44,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own").mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (20, 10)).save(tmp_path / "own" / name)
+    fundus = tmp_path / "retina" / next(iter(FUNDUS))
+    fundus.parent.mkdir(parents=True)
+    Image.new("RGB", (1280, 960), (150, 60, 20)).save(fundus)
     return tmp_path
 
 
@@ -54,7 +58,10 @@ def test_frames_are_reduced_with_their_masks(
     instrument_folder.main()
     items = find_labelled_frames(output / "all")
     names = [item["case"] for item in items]
-    assert names == ["cholec-frame_1", "cholec80-1", "davinci-1", "endovis17-frame000"]
+    assert names == ["cholec-frame_1", "cholec80-1", "davinci-1", "endovis17-frame000", "fundus-IDRiD_01"]
+    no_instrument = read_mask(items[4]["label"])
+    assert no_instrument.shape == (480, 640)
+    assert not no_instrument.any()
     items, outlined = [items[0], items[3]], items[1:3]
     assert [item["case"] for item in find_labelled_frames(output / "parts")] == ["endovis17-frame000"]
     greys = [{0, 31, 255}, {0, 10}]
