@@ -3,10 +3,10 @@
     python -m benchmarks.quality.instrument_folder OUTPUT [--data FOLDER]
 
 ``all/`` holds frames of five scenes and fundus photographs for the binary task, ``parts/`` the frames of EndoVis 2017
-alone. What stands before the hyphen of a name is the source, which is one video of one patient, or one kind of
-photograph, and which a split leaves out as a whole. Masks of EndoVis 2017 and CholecSeg8k are those of their authors.
-Cholec80 and the da Vinci scenes come without; their instruments were outlined by hand for this project, by nobody who
-operates, in ``instrument_outlines.json``. SCARED shows tissue and no instrument, and fundus photographs,
+and what shows no instrument. What stands before the hyphen of a name is the source, which is one video of one patient,
+or one kind of photograph, and which a split leaves out as a whole. Masks of EndoVis 2017 and CholecSeg8k are those of
+their authors. Cholec80 and the da Vinci scenes come without; their instruments were outlined by hand for this project,
+by nobody who operates, in ``instrument_outlines.json``. SCARED shows tissue and no instrument, and fundus photographs,
 which are red with vessels as tissue is, show none either: their masks are empty. Masks keep the grey values of their
 source where they show an instrument, so that one label map, ``LABEL_MAP``, reads them all. All else is 0, and 255 where
 nobody labelled: the border of one pixel in CholecSeg8k. The black around its circular image is background.
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     add_data(parser)
     arguments = parser.parse_args()
-    for folder, sources in (("all", SOURCES), ("parts", (write_endovis17,))):
+    for folder, sources in (("all", SOURCES), ("parts", (write_endovis17, write_tissue))):
         for write in sources:
             count = write(arguments.data, arguments.output / folder)
             print(f"{folder} {write.__name__.removeprefix('write_')}: {count} frames")

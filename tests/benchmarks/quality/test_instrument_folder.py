@@ -63,7 +63,8 @@ def test_frames_are_reduced_with_their_masks(
     assert no_instrument.shape == (480, 640)
     assert not no_instrument.any()
     items, outlined = [items[0], items[3]], items[1:3]
-    assert [item["case"] for item in find_labelled_frames(output / "parts")] == ["endovis17-frame000"]
+    parts = [item["case"] for item in find_labelled_frames(output / "parts")]
+    assert parts == ["endovis17-frame000", "fundus-IDRiD_01"]
     greys = [{0, 31, 255}, {0, 10}]
     for item, size, values in zip(items, [(360, 640), (504, 632)], greys, strict=True):
         mask = read_mask(item["label"])
