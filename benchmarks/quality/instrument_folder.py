@@ -2,14 +2,14 @@
 
     python -m benchmarks.quality.instrument_folder OUTPUT [--data FOLDER]
 
-``all/`` holds frames of five scenes and fundus photographs for the binary task, ``parts/`` the frames of EndoVis 2017
-and what shows no instrument. What stands before the hyphen of a name is the source, which is one video of one patient,
-or one kind of photograph, and which a split leaves out as a whole. Masks of EndoVis 2017 and CholecSeg8k are those of
-their authors. Cholec80 and the da Vinci scenes come without; their instruments were outlined by hand for this project,
-by nobody who operates, in ``instrument_outlines.json``. SCARED shows tissue and no instrument, and fundus photographs,
-which are red with vessels as tissue is, show none either: their masks are empty. Masks keep the grey values of their
-source where they show an instrument, so that one label map, ``LABEL_MAP``, reads them all. All else is 0, and 255 where
-nobody labelled: the border of one pixel in CholecSeg8k. The black around its circular image is background.
+``all/`` holds frames of five scenes for the binary task, ``parts/`` the frames of EndoVis 2017 and what shows no
+instrument. What stands before the hyphen of a name is the source, which is one video of one patient, or one kind of
+photograph, and which a split leaves out as a whole. Masks of EndoVis 2017 and CholecSeg8k are those of their authors.
+Cholec80 and the da Vinci scenes come without; their instruments were outlined by hand for this project, by nobody who
+operates, in ``instrument_outlines.json``. SCARED shows tissue and no instrument, and fundus photographs, which are red
+with vessels as tissue is, show none either: their masks are empty. Masks keep the grey values of their source where
+they show an instrument, so that one label map, ``LABEL_MAP``, reads them all. All else is 0, and 255 where nobody
+labelled: the border of one pixel in CholecSeg8k. The black around its circular image is background.
 
 Frames are 512 to 640 pixels wide. Those of EndoVis 2017 are interlaced: they lose every second row, their border,
 and half of their pixels, which leaves them sharp along both axes.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     add_data(parser)
     arguments = parser.parse_args()
-    for folder, sources in (("all", SOURCES), ("parts", (write_endovis17, write_tissue))):
+    for folder, sources in (("all", SOURCES), ("parts", PARTS_SOURCES)):
         for write in sources:
             count = write(arguments.data, arguments.output / folder)
             print(f"{folder} {write.__name__.removeprefix('write_')}: {count} frames")
@@ -99,11 +100,19 @@ def write_cholecseg8k(data: Path, output: Path) -> int:
 
 
 def write_tissue(data: Path, output: Path) -> int:
-    """Write what shows no instrument, both views of SCARED and fundus photographs, and return how many there are."""
-    paths = dict.fromkeys(sorted((data / "stereo_endo" / "scared_d1k1").glob("*.png")), "scared")
-    paths |= {data / "retina" / name: "fundus" for name in FUNDUS if (data / "retina" / name).exists()}
+    """Write both views of SCARED, in which there is no instrument, and return how many there are."""
+    return _write_without(sorted((data / "stereo_endo" / "scared_d1k1").glob("*.png")), output, "scared")
+
+
+def write_fundus(data: Path, output: Path) -> int:
+    """Write fundus photographs, in which there is no instrument, and return how many there are."""
+    paths = (data / "retina" / name for name in FUNDUS)
+    return _write_without([path for path in paths if path.exists()], output, "fundus")
+
+
+def _write_without(paths: Sequence[Path], output: Path, source: str) -> int:
     resize = ResizeFramed("image", longest=WIDTH)
-    for path, source in paths.items():
+    for path in paths:
         item = resize(LoadImageFiled("image", channels=3)({"image": path}))
         nothing = torch.zeros(1, *item["image"].shape[1:], dtype=torch.uint8)
         write_frame({**item, "label": nothing}, output, f"{source}-{path.stem}")
@@ -124,6 +133,9 @@ def write_outlined(data: Path, output: Path) -> int:
 
 SOURCES = (write_endovis17, write_cholecseg8k, write_outlined, write_tissue)
 """What writes the frames of ``all/``."""
+
+PARTS_SOURCES = (write_endovis17, write_tissue, write_fundus)
+"""What writes the frames of ``parts/``."""
 
 
 def load(image: Path, label: Path) -> dict[Any, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -91,9 +90,7 @@ def test_from_labelled_frames_to_the_table(medsr, frames, tmp_path):
 @pytest.mark.slow
 def test_training_learns_to_find_the_disc(medsr, frames, tmp_path):
     trained, out = tmp_path / "trained", tmp_path / "out"
-    # What is drawn has the shape of an instrument, and a disc has not.
-    learning = ("iterations=60", "learning_rate=0.01", "average_momentum=0.2", "draw_share=0")
-    settings = (*TRAINING, 'leave_out=["c"]', *learning)
+    settings = (*TRAINING, 'leave_out=["c"]', "iterations=60", "learning_rate=0.01", "average_momentum=0.2")
     assert medsr(frames, out=trained, config=("train.json",), settings=settings) == (0, [])
     settings = (*NETWORK, f"weights={trained / 'model.pt'}", 'groups=["c"]')
     assert medsr(frames, out=out, config=("inference.json", "evaluate.json"), settings=settings) == (0, [])
@@ -123,17 +120,16 @@ def test_overlays_of_a_task_and_of_the_baseline_fit_training_and_evaluation(meds
     assert set(rows_of(out)[0]["classes"]) == {"shaft", "wrist", "clasper"}
 
 
-def test_instruments_are_drawn_with_the_classes_of_the_masks_or_not_at_all(medsr, frames, tmp_path):
-    classes = 'classes={"background": [0], "tool": [10, 20]}'
-    settings = (*TRAINING, "iterations=1", classes)
-    status, (line,) = medsr(frames, out=tmp_path / "a", config=("train.json",), settings=settings)
+def test_instruments_are_drawn_with_the_classes_of_the_masks(medsr, frames, tmp_path):
+    settings = (*TRAINING, "iterations=1", "draw_share=1")
+    for config in (("train.json",), ("train.json", "parts.json")):
+        assert medsr(frames, out=tmp_path / str(len(config)), config=config, settings=settings) == (0, [])
+    assert record_of(tmp_path / "1")["settings"]["draw_share"] == 1
+    classes = 'classes={"background": [0], "left": [10], "right": [20]}'
+    status, (line,) = medsr(frames, out=tmp_path / "a", config=("train.json",), settings=(*settings, classes))
     assert status != 0
-    assert "'instrument' is no class; there are background, tool" in line
+    assert "there are background, left, right: set draw_share to 0" in line
     assert not (tmp_path / "a" / "model.pt").exists()
-    for more in ("draw_share=0", 'draw_classes=["tool", "tool", "background"]'):
-        trained = medsr(frames, out=tmp_path / "b", config=("train.json",), settings=(*settings, more))
-        assert trained == (0, [])
-        shutil.rmtree(tmp_path / "b")
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ from torch.nn import functional as F
 from medsr.errors import SettingError
 from medsr.transforms.frame_labels import IGNORED
 
-__all__ = ["RandDrawnInstrumentsd"]
+__all__ = ["RandDrawnInstrumentsd", "part_classes"]
+
+_PARTS = ("shaft", "wrist", "clasper")
 
 
 class _Part(NamedTuple):
@@ -122,6 +124,31 @@ class RandDrawnInstrumentsd(RandomizableTransform, MapTransform):
             inside = (cover > 0.5) & (label != self.ignore)
             result[self.label_key] = torch.where(inside, drawn.to(label.dtype), label)
         return result
+
+
+def part_classes(classes: Sequence[str]) -> tuple[int, int, int]:
+    """Class indices of shaft, wrist and clasper, where classes have these names, or one for all where there is one.
+
+    Args:
+        classes: names, the background first.
+
+    Raises:
+        SettingError: for classes that are neither.
+
+    Example:
+        >>> part_classes(["background", "instrument"]), part_classes(["background", "clasper", "shaft", "wrist"])
+        ((1, 1, 1), (2, 3, 1))
+    """
+    names = list(classes)
+    if len(names) == 2:
+        return 1, 1, 1
+    if not set(_PARTS) <= set(names):
+        raise SettingError(
+            f"instruments are drawn as {', '.join(_PARTS)}, or as the one class besides the background; "
+            f"there are {', '.join(names)}: set draw_share to 0"
+        )
+    shaft, wrist, clasper = map(names.index, _PARTS)
+    return shaft, wrist, clasper
 
 
 def _instrument(

@@ -30,7 +30,6 @@ __all__ = [
     "LoadMaskd",
     "ResizeFramed",
     "SameSized",
-    "class_indices",
     "reduced_size",
 ]
 
@@ -267,27 +266,6 @@ class ResizeFramed(MapTransform):
             return int(rows), int(columns)
         factor = self.factor or max(height, width) / (self.longest or 1)
         return reduced_size(height, width, factor)
-
-
-def class_indices(classes: Mapping[str, Sequence[int]], names: Sequence[str]) -> list[int]:
-    """Class indices of some names of a label map.
-
-    Args:
-        classes: label map, grey values by name, the background first.
-        names: of classes, also several times.
-
-    Raises:
-        SettingError: for a name that is no class.
-
-    Example:
-        >>> class_indices({"background": [0], "shaft": [10], "tip": [20, 30]}, ["shaft", "tip", "tip"])
-        [1, 2, 2]
-    """
-    known = list(classes)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SettingError(f"'{unknown[0]}' is no class; there are {', '.join(known)}")
-    return [known.index(name) for name in names]
 
 
 def reduced_size(height: int, width: int, factor: float) -> tuple[int, int]:

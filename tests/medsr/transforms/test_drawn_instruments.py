@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from medsr.errors import SettingError
-from medsr.transforms.drawn_instruments import RandDrawnInstrumentsd
+from medsr.transforms.drawn_instruments import RandDrawnInstrumentsd, part_classes
 from torch import Tensor
 
 
@@ -86,6 +86,13 @@ def test_never_means_never():
     after = RandDrawnInstrumentsd("image", prob=0.0)(item)
     assert after["image"] is item["image"]
     assert after["label"] is item["label"]
+
+
+def test_parts_are_known_by_their_names_or_are_all_the_same():
+    assert part_classes(["nothing", "tool"]) == (1, 1, 1)
+    assert part_classes(["background", "wrist", "thread", "clasper", "shaft"]) == (4, 1, 3)
+    with pytest.raises(SettingError, match="there are background, shaft, tip: set draw_share to 0"):
+        part_classes(["background", "shaft", "tip"])
 
 
 def test_settings_that_make_no_sense_are_refused():

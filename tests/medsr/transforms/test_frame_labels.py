@@ -12,7 +12,6 @@ from medsr.transforms.frame_labels import (
     LoadMaskd,
     ResizeFramed,
     SameSized,
-    class_indices,
 )
 from monai.data import MetaTensor, list_data_collate
 from monai.transforms import Compose, RandFlipd, RandSpatialCropd
@@ -180,9 +179,3 @@ def test_masks_pass_through_the_augmentation_and_the_collation_of_monai(path):
     assert batch["label"].shape == (2, 1, 4, 4)
     assert batch["label"].dtype == torch.int64
     assert set(batch["label"].unique().tolist()) <= {0, 1, 2, IGNORED}
-
-
-def test_a_name_that_is_no_class_is_told_with_those_that_are():
-    assert class_indices(LABEL_MAP, ["tip", "shaft", "background"]) == [2, 1, 0]
-    with pytest.raises(SettingError, match="'clasper' is no class; there are background, shaft, tip"):
-        class_indices(LABEL_MAP, ["shaft", "clasper"])
