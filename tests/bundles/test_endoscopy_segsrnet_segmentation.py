@@ -84,7 +84,7 @@ def test_a_frame_becomes_a_mask_an_overlay_a_figure_and_a_report(
 
     mask = pixels(out / "pig-1_seg.png")
     image = torch.as_tensor(read_image(frames / "pig-1.png").values)[None]
-    sizes = [1.0] if task == "parts" else [0.6, 1.0]
+    sizes = [0.5, 1.0] if task == "parts" else [0.6, 1.0]
     expected = FrameSegmentationInferer(amp="float32", longest=64, sizes=sizes)(image, network)
     assert expected.shape[1] == classes
     assert mask.dtype == np.uint8

@@ -208,7 +208,7 @@ def test_folds_go_on_where_they_stopped(medsr, frames, tmp_path):
 
 @pytest.mark.parametrize(
     ("overlays", "given", "sizes"),
-    [([], {}, [0.6, 1.0]), (["parts.json"], {}, [1.0]), (["parts.json"], {"sizes": [0.5]}, [0.5])],
+    [([], {}, [0.6, 1.0]), (["parts.json"], {}, [0.5, 1.0]), (["parts.json"], {"sizes": [1.0]}, [1.0])],
 )
 def test_folds_are_scored_at_the_sizes_of_inference(frames, tmp_path, overlays, given, sizes):
     root = catalog.bundle_root(NAME) / "configs"
