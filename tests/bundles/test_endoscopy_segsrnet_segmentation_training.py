@@ -15,6 +15,7 @@ from medsr import catalog
 from medsr.engines.frame_comparison import with_facts
 from medsr.networks.spp_linknet import SPPLinkNet
 from medsr.networks.stereo_fmen import StereoFMEN
+from medsr.transforms.drawn_instruments import RandDrawnInstrumentsd
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.networks.nets import FlexibleUNet
 from PIL import Image
@@ -122,9 +123,19 @@ def test_overlays_of_a_task_and_of_the_baseline_fit_training_and_evaluation(meds
 
 def test_instruments_are_drawn_with_the_classes_of_the_masks(medsr, frames, tmp_path):
     settings = (*TRAINING, "iterations=1", "draw_share=1")
-    for config in (("train.json",), ("train.json", "parts.json")):
-        assert medsr(frames, out=tmp_path / str(len(config)), config=config, settings=settings) == (0, [])
-    assert record_of(tmp_path / "1")["settings"]["draw_share"] == 1
+    assert medsr(frames, out=tmp_path / "out", config=("train.json", "parts.json"), settings=settings) == (
+        0,
+        [],
+    )
+    assert record_of(tmp_path / "out")["settings"]["draw_share"] == 1
+    root = catalog.bundle_root(NAME) / "configs"
+    for config, classes in ((["train.json"], (1, 1, 1)), (["train.json", "parts.json"], (1, 2, 3))):
+        parser = ConfigParser()
+        parser.read_config([root / name for name in config])
+        parser["draw_share"] = 0.25
+        transforms = parser.get_parsed_content("train#random_transforms")
+        (drawing,) = (one for one in transforms if isinstance(one, RandDrawnInstrumentsd))
+        assert (drawing.classes, drawing.prob) == (classes, 0.25)
     classes = 'classes={"background": [0], "left": [10], "right": [20]}'
     status, (line,) = medsr(frames, out=tmp_path / "a", config=("train.json",), settings=(*settings, classes))
     assert status != 0

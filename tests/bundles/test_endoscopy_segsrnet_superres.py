@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from medsr import catalog
 from medsr.handlers.training import save_weights
 from medsr.networks.segsrnet import ipassr
 from medsr.networks.stereo_fmen import StereoFMEN
@@ -158,11 +160,20 @@ def test_the_network_as_segsrnet_describes_it_runs_by_overlay(medsr, sharp, tmp_
 @pytest.mark.slow
 def test_without_the_maps_only_l1_is_learnt(medsr, sharp, tmp_path):
     settings = (*TRAINING, "sr_only=true", "cross_view=false")
+    status, (line,) = medsr(sharp, out=tmp_path / "t", config=("train.json",), settings=settings)
+    assert status != 0
+    assert "needs sr_only, and balance 0" in line
+    settings = (*settings, "balance=0")
     assert medsr(sharp, out=tmp_path / "t", config=("train.json",), settings=settings) == (0, [])
     history = json.loads((tmp_path / "t" / "train_record.json").read_text())["history"]
     assert set(history[0]) == {"iteration", "minutes", "l1"}
     again = (*TRAINING, f"initial_weights={tmp_path / 't' / 'model.pt'}")
-    assert medsr(sharp, out=tmp_path / "again", config=("train.json",), settings=again) == (0, [])
+    for more, terms in (((), 5), (("sr_only=true",), 1)):
+        out = tmp_path / f"again{terms}"
+        assert medsr(sharp, out=out, config=("train.json",), settings=(*again, *more)) == (0, [])
+        record = json.loads((out / "train_record.json").read_text())
+        assert len(set(record["history"][0]) - {"iteration", "minutes"}) == terms
+        assert record["settings"]["loss"]["balance"] == 1
 
 
 @pytest.mark.slow
@@ -252,3 +263,12 @@ def test_weights_of_another_scale_are_refused(medsr, sharp, tmp_path, weights):
     assert status != 0
     assert "made for another network" in line or "has shape" in line
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_the_metadata_has_the_numbers_of_the_page_of_results():
+    page = (Path(__file__).parents[2] / "docs" / "results-stereo.md").read_text(encoding="utf-8")
+    stated = json.loads((catalog.bundle_root(NAME) / "configs" / "metadata.json").read_text())["eval_metrics"]
+    for scale in (4, 2):
+        part = page.partition(f"## x{scale}\n")[2].partition("\n## ")[0]
+        (row,) = (line for line in part.splitlines() if re.match(r"\| all \| \d+ \| network \|", line))
+        assert float(row.split("|")[4]) == stated[f"psnr_rgb_both_views_x{scale}_db"]

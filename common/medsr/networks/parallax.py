@@ -531,7 +531,9 @@ def wanted_of(parallax: str, exchange: BiPAM | None) -> dict[str, bool]:
     if parallax == "none":
         return {}
     if exchange is None:
-        raise SettingError("a network with cross_view=False has no parallax to return")
+        raise SettingError(
+            "a network with cross_view=False has no parallax to return; its training needs sr_only, and balance 0"
+        )
     return {parallax: True}
 
 

@@ -74,7 +74,7 @@ class RandDrawnInstrumentsd(RandomizableTransform, MapTransform):
         ``(3, H, W)`` to the same, label ``(1, H, W)``.
 
     Raises:
-        SettingError: if there is not one class for each part, or ``most`` is not positive.
+        SettingError: if there is not one class for each part, ``most`` is not positive, or an image is not in colours.
 
     Example:
         >>> draw = RandDrawnInstrumentsd("image", classes=(1, 2, 3), prob=1.0).set_random_state(seed=0)
@@ -118,8 +118,12 @@ class RandDrawnInstrumentsd(RandomizableTransform, MapTransform):
             shadow = shade * _shadow(cover, self.R)
             for key in self.key_iterator(result):
                 image = result[key]
+                if len(image) != 3:
+                    raise SettingError(
+                        f"instruments are drawn in red, green and blue; {key} has {len(image)} channels"
+                    )
                 lit = _lit(surface, image, mirror)
-                result[key] = torch.lerp(image * (1 - shadow), lit.to(image.dtype), cover)
+                result[key] = torch.lerp(image.float() * (1 - shadow), lit, cover).to(image.dtype)
             label = result[self.label_key]
             inside = (cover > 0.5) & (label != self.ignore)
             result[self.label_key] = torch.where(inside, drawn.to(label.dtype), label)
@@ -227,7 +231,9 @@ def _painted(
         below = cover[seen]
         cover[seen] = share + below * (1 - share)
         surface[:, seen] = torch.lerp(surface[:, seen], value, share / cover[seen])
-        labels[seen] = torch.where(share > 0.5, part.label, labels[seen])
+        # Where edges of two parts meet, both together may cover what neither does.
+        taken = (share > 0.5) | ((labels[seen] == 0) & (cover[seen] > 0.5))
+        labels[seen] = torch.where(taken, part.label, labels[seen])
     surface, cover, labels = (values.unflatten(-1, (height, width)) for values in (surface, cover, labels))
     grain = torch.from_numpy(draw.normal(size=(1, 1, height // 4 + 1, width // 4 + 1))).float()
     return cover, surface * (1 + draw.uniform(0, 0.15) * _enlarged(grain, height, width)[0]), labels
@@ -279,8 +285,10 @@ def _shadow(cover: Tensor, draw: np.random.RandomState) -> Tensor:
     size = max(1.0, draw.uniform(0.03, 0.2) * min(height, width))
     coarse = F.adaptive_avg_pool2d(cover[None, None], (math.ceil(height / size), math.ceil(width / size)))
     soft = _enlarged(coarse, height, width)[0]
-    moved = draw.uniform(-1, 1, size=2) * size / 2
-    return torch.roll(soft, (int(moved[0]), int(moved[1])), (0, 1))
+    down, right = (int(step) for step in draw.uniform(-1, 1, size=2) * size / 2)
+    rows = (torch.arange(height) - down).clamp(0, height - 1)
+    columns = (torch.arange(width) - right).clamp(0, width - 1)
+    return soft[rows[:, None], columns]
 
 
 def _enlarged(image: Tensor, height: int, width: int) -> Tensor:

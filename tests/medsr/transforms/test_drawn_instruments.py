@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from medsr.errors import SettingError
-from medsr.transforms.drawn_instruments import RandDrawnInstrumentsd, part_classes
+from medsr.transforms.drawn_instruments import RandDrawnInstrumentsd, _shadow, part_classes
 from torch import Tensor
 
 
@@ -64,6 +65,36 @@ def test_pixels_to_ignore_stay_so_and_what_was_labelled_below_is_covered():
     label = drawing(2, most=3)(item)["label"]
     assert (label[:, :48] == 255).all()
     assert set(label[:, 48:].unique().tolist()) == {1.0, 3.0}
+
+
+def test_what_is_covered_has_a_class_and_little_images_do_no_harm():
+    dark = {"image": torch.zeros(3, 96, 128), "label": torch.zeros(1, 96, 128)}
+    for seed in range(30):
+        item = drawing(seed)(dark)
+        # Before black, what is drawn shows wherever it covers; its faintest edge has no class.
+        assert (item["label"][0] > 0)[item["image"].amax(0) > 0.5].all()
+        assert torch.isfinite(drawing(seed)(frame(2, 5))["image"]).all()
+
+
+@pytest.mark.parametrize("edge", ["left", "right", "top", "bottom"])
+def test_a_shadow_does_not_come_in_from_the_other_side(edge):
+    cover = torch.zeros(64, 96)
+    {"left": cover[:, :8], "right": cover[:, -8:], "top": cover[:8], "bottom": cover[-8:]}[edge].fill_(1)
+    for seed in range(20):
+        shadow = _shadow(cover, np.random.RandomState(seed))
+        far = {"left": shadow[:, -16:], "right": shadow[:, :16], "top": shadow[-16:], "bottom": shadow[:16]}[
+            edge
+        ]
+        assert far.max() < 0.05
+        assert 0.3 < shadow.max() <= 1
+
+
+def test_half_precision_stays_and_grey_images_are_refused():
+    item = frame()
+    drawn = drawing(6)({**item, "image": item["image"].bfloat16()})["image"]
+    assert drawn.dtype == torch.bfloat16
+    with pytest.raises(SettingError, match="image has 1 channels"):
+        drawing(6)({**item, "image": item["image"][:1]})
 
 
 def test_a_seed_says_what_is_drawn():
