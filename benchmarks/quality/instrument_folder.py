@@ -106,8 +106,7 @@ def write_tissue(data: Path, output: Path) -> int:
 
 def write_fundus(data: Path, output: Path) -> int:
     """Write fundus photographs, in which there is no instrument, and return how many there are."""
-    paths = (data / "retina" / name for name in FUNDUS)
-    return _write_without([path for path in paths if path.exists()], output, "fundus")
+    return _write_without([data / "retina" / name for name in FUNDUS], output, "fundus")
 
 
 def _write_without(paths: Sequence[Path], output: Path, source: str) -> int:

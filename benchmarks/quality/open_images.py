@@ -1,10 +1,11 @@
 """Write the free photographs that lie inside scikit-image, scikit-learn and Matplotlib into a folder, for training.
 
-    python -m benchmarks.quality.open_images OUTPUT
+    python -m benchmarks.quality.open_images OUTPUT [--without NAME ...]
 
 Fundus photographs are smooth: a network that sees nothing else spends most of its training on noise. Edges of all kinds
 teach it to sharpen first. All but one, which says so, are public domain, CC0 or CC BY.
-What the demo shows, scikit-image's retina, is left out.
+What the demo of fundus photographs shows, scikit-image's retina, is never written; what else a training must not see is
+left out by name.
 """
 
 from __future__ import annotations
@@ -56,10 +57,16 @@ def main() -> None:
     """Write every image at each reduction, in colour."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    folder = probe_folder(parser.parse_args().output)
+    known = sorted(Path(name).stem for names in FOLDERS.values() for name in names)
+    listed = f"of {', '.join(known)}"
+    parser.add_argument("--without", nargs="*", default=[], choices=known, metavar="NAME", help=listed)
+    arguments = parser.parse_args()
+    folder = probe_folder(arguments.output)
     written = 0
     for source, names in FOLDERS.items():
         for name in names:
+            if Path(name).stem in arguments.without:
+                continue
             values = torch.from_numpy(read_image(source / name).values)
             colour = values.expand(3, -1, -1)
             for factor in REDUCTIONS:

@@ -44,7 +44,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own").mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (20, 10)).save(tmp_path / "own" / name)
-    fundus = tmp_path / "retina" / next(iter(FUNDUS))
+    name = next(iter(FUNDUS))
+    monkeypatch.setattr(instrument_folder, "FUNDUS", [name])
+    fundus = tmp_path / "retina" / name
     fundus.parent.mkdir(parents=True)
     Image.new("RGB", (1280, 960), (150, 60, 20)).save(fundus)
     return tmp_path
